@@ -1,0 +1,279 @@
+"""The frame reader: one decode pass over a file serves every operator of a stage.
+
+Luma is taken from the decoded plane, without colour conversion; RGB is made only for the frames that
+somebody sampled. Memory is bounded by the chunk. Frames come upright: the display matrix is applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from winnow.operators.errors import MediaError
+from winnow.operators.operator import FrameChunk, Needs, Sample, Sampling
+
+SMALL_LONG_SIDE = 160
+CHUNK_FRAMES = 32
+
+# A local file only: no playlist or reference inside an untrusted file may open anything else.
+OPEN_OPTIONS = {"protocol_whitelist": "file"}
+
+# Planar formats whose first plane is luma, by bits; others go through a conversion to gray.
+_LUMA_SHIFT = {
+    "gray": 0, "nv12": 0, "yuv420p": 0, "yuvj420p": 0, "yuv422p": 0, "yuvj422p": 0, "yuv444p": 0,
+    "yuvj444p": 0, "yuv410p": 0, "yuv411p": 0, "yuv440p": 0, "yuva420p": 0,
+    "yuv420p10le": 2, "yuv422p10le": 2, "yuv444p10le": 2, "gray10le": 2,
+    "yuv420p12le": 4, "yuv422p12le": 4, "yuv444p12le": 4,
+}  # fmt: skip
+_FULL_RANGE = 2  # AVCOL_RANGE_JPEG
+_LIMITED_TO_FULL = np.clip(np.round((np.arange(256) - 16) * 255 / 219), 0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Frames [start, end) of a source, end exclusive, counted in decoding (display) order."""
+
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+def small_size(width: int, height: int, long_side: int = SMALL_LONG_SIDE) -> tuple[int, int]:
+    """(width, height) with the given long side and the aspect kept; never larger than the frame."""
+    scale = min(1.0, long_side / max(width, height))
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def luma_plane(frame: av.VideoFrame) -> NDArray[np.uint8]:
+    """The luma of a decoded frame as (h, w) uint8 as coded (limited range stays limited).
+
+    A view into the decoder's buffer where the format allows: use it before the next frame.
+    """
+    return _to_8_bit(*_raw_luma(frame))
+
+
+def _raw_luma(frame: av.VideoFrame) -> tuple[NDArray[Any], int]:
+    shift = _LUMA_SHIFT.get(frame.format.name)
+    if shift is None:
+        frame = frame.reformat(format="gray")
+        shift = 0
+    plane = frame.planes[0]
+    dtype = np.uint8 if shift == 0 else np.dtype("<u2")
+    rows = np.frombuffer(plane, dtype).reshape(-1, plane.line_size // np.dtype(dtype).itemsize)
+    return rows[: frame.height, : frame.width], shift
+
+
+def _to_8_bit(luma: NDArray[Any], shift: int) -> NDArray[np.uint8]:
+    return luma if shift == 0 else (luma >> shift).astype(np.uint8)
+
+
+def is_limited_range(frame: av.VideoFrame) -> bool:
+    """True unless the frame says that it uses the full range (unspecified YUV means limited)."""
+    name = frame.format.name
+    return not (
+        frame.color_range == _FULL_RANGE or name.startswith("yuvj") or name not in _LUMA_SHIFT
+        or name == "gray"
+    )  # fmt: skip
+
+
+def full_range(luma: NDArray[np.uint8], frame: av.VideoFrame) -> NDArray[np.uint8]:
+    """Luma stretched to 0..255."""
+    return cv2.LUT(luma, _LIMITED_TO_FULL) if is_limited_range(frame) else luma
+
+
+def upright(image: NDArray[np.uint8], rotation: int) -> NDArray[np.uint8]:
+    """Turn an image counter-clockwise by `rotation` degrees (a multiple of 90)."""
+    turns = (rotation // 90) % 4
+    return image if turns == 0 else np.ascontiguousarray(np.rot90(image, turns))
+
+
+def small_luma(frame: av.VideoFrame, long_side: int = SMALL_LONG_SIDE) -> NDArray[np.uint8]:
+    """Small full-range luma of a frame, upright, area-averaged."""
+    raw, shift = _raw_luma(frame)
+    size = small_size(frame.width, frame.height, long_side)
+    small = cv2.resize(raw, size, interpolation=cv2.INTER_AREA)
+    return upright(full_range(_to_8_bit(small, shift), frame), frame.rotation)
+
+
+def sample_image(frame: av.VideoFrame, sampling: Sampling) -> NDArray[np.uint8]:
+    """The frame as a `Sampling` asks for it, in memory of its own."""
+    upright_height = frame.width if frame.rotation % 180 else frame.height
+    scale = 1.0 if sampling.height is None else min(1.0, sampling.height / upright_height)
+    size = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
+    if sampling.kind == "luma":
+        luma = luma_plane(frame)
+        if scale < 1.0:
+            luma = cv2.resize(luma, size, interpolation=cv2.INTER_AREA)
+        image = full_range(luma, frame)
+        return np.array(upright(image, frame.rotation))
+    rgb = frame.reformat(width=size[0], height=size[1], format="rgb24", interpolation="AREA")
+    return upright(rgb.to_ndarray(), frame.rotation)
+
+
+def open_video(
+    path: Path, *, threads: int = 1, motion_vectors: bool = False, draft: bool = False
+) -> tuple[av.container.InputContainer, av.VideoStream]:
+    """Open a local file for decoding its first video stream.
+
+    `draft` trades exact pixels for speed (no deblocking): enough for a change signal.
+    Raises MediaError (not_video, no_video, unreadable, vanished).
+    """
+    container = open_container(path)
+    if not container.streams.video:
+        container.close()
+        raise MediaError("no_video", "the file has no video stream")
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    stream.codec_context.thread_count = threads
+    options: dict[str, str] = {}
+    if motion_vectors:
+        options["flags2"] = "+export_mvs"
+    if draft:
+        options["skip_loop_filter"] = "all"
+    stream.codec_context.options = options
+    return container, stream
+
+
+def open_container(path: Path) -> av.container.InputContainer:
+    """Open a local file, with FFmpeg's errors turned into MediaError."""
+    try:
+        return av.open(str(path), options=OPEN_OPTIONS, metadata_errors="replace")
+    except FileNotFoundError as error:
+        raise MediaError("vanished", f"the file is no longer there: {path.name}") from error
+    except PermissionError as error:
+        raise MediaError("unreadable", "no permission to read the file") from error
+    except av.error.FFmpegError as error:
+        raise MediaError("not_video", f"not a video that FFmpeg can open: {error.strerror}") from error
+
+
+def decode(path: Path, *, threads: int = 1, motion_vectors: bool = False, draft: bool = False
+           ) -> Iterator[av.VideoFrame]:  # fmt: skip
+    """Decode the first video stream in display order. Raises MediaError (corrupt, ...)."""
+    container, stream = open_video(
+        path, threads=threads, motion_vectors=motion_vectors, draft=draft
+    )
+    with container:
+        try:
+            yield from container.decode(stream)
+        except av.error.FFmpegError as error:
+            raise MediaError("corrupt", f"decoding failed: {error.strerror}") from error
+
+
+class ClipFrames:
+    """Collects the frames of one span into chunks, as `Needs` asks."""
+
+    def __init__(self, span: Span, fps: float, needs: Needs) -> None:
+        self.span = span
+        self._needs = needs
+        self._wanted = {
+            sampling: frozenset(sampling.indices(len(span), fps).tolist())
+            for sampling in needs.samples
+        }
+        self._origin: float | None = None
+        self._next = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._first = self._next
+        self._seconds: list[float] = []
+        self._pictures: list[int] = []
+        self._luma: list[NDArray[np.uint8]] = []
+        self._vectors: list[NDArray[Any] | None] = []
+        self._samples: dict[Sampling, list[Sample]] = {s: [] for s in self._wanted}
+
+    def add(self, frame: av.VideoFrame, seconds: float) -> None:
+        """Take the next frame of the span; `seconds` is its time in the source."""
+        if self._origin is None:
+            self._origin = seconds
+        relative = seconds - self._origin
+        self._seconds.append(relative)
+        self._pictures.append(int(frame.pict_type))
+        if self._needs.luma:
+            self._luma.append(small_luma(frame))
+        if self._needs.motion_vectors:
+            vectors = frame.side_data.get("MOTION_VECTORS")
+            self._vectors.append(None if vectors is None else vectors.to_ndarray())
+        for sampling, wanted in self._wanted.items():
+            if self._next in wanted:
+                image = sample_image(frame, sampling)
+                self._samples[sampling].append(Sample(self._next, relative, image))
+        self._next += 1
+
+    @property
+    def full(self) -> bool:
+        return len(self._seconds) >= CHUNK_FRAMES
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._seconds)
+
+    @property
+    def frames(self) -> int:
+        """Frames taken so far."""
+        return self._next
+
+    def take(self) -> FrameChunk:
+        """The collected frames; the collection starts anew."""
+        chunk = FrameChunk(
+            first=self._first,
+            seconds=np.array(self._seconds),
+            pictures=np.array(self._pictures, np.int8),
+            luma=np.stack(self._luma) if self._needs.luma else None,
+            vectors=self._vectors if self._needs.motion_vectors else None,
+            samples=self._samples,
+        )
+        self._clear()
+        return chunk
+
+
+def read_spans(
+    path: Path,
+    spans: Sequence[Span],
+    fps: float,
+    needs: Needs,
+    receive: Callable[[int, FrameChunk], None],
+    *,
+    threads: int = 1,
+) -> list[int]:
+    """Decode a file once and hand every span its frames, chunk by chunk.
+
+    `spans` are sorted and do not overlap. `receive(k, chunk)` gets the chunks of span k in order.
+    Returns the number of frames that each span received; fewer than its length means that the file
+    ended early. Raises MediaError.
+    """
+    collectors = [ClipFrames(span, fps, needs) for span in spans]
+    current = 0
+    for number, frame in enumerate(
+        decode(path, threads=threads, motion_vectors=needs.motion_vectors)
+    ):
+        if current == len(collectors):
+            break
+        collector = collectors[current]
+        if number < collector.span.start:
+            continue
+        collector.add(frame, frame_seconds(frame, number, fps))
+        last = number + 1 == collector.span.end
+        if collector.full or last:
+            receive(current, collector.take())
+        current += last
+    for k, collector in enumerate(collectors):
+        if collector.pending:
+            receive(k, collector.take())
+    return [collector.frames for collector in collectors]
+
+
+def frame_seconds(frame: av.VideoFrame, number: int, fps: float) -> float:
+    """Presentation time; where a container has none, the number over the frame rate."""
+    if frame.pts is None or frame.time_base is None:
+        return number / fps if fps > 0 else 0.0
+    return float(Fraction(frame.pts) * frame.time_base)
