@@ -168,7 +168,9 @@ class Operator(ABC):
             return
         for attribute in ("name", "version", "columns"):
             if attribute not in cls.__dict__:
-                raise TypeError(f"operator {cls.__name__} must declare the class attribute {attribute!r}")
+                raise TypeError(
+                    f"operator {cls.__name__} must declare the class attribute {attribute!r}"
+                )
         for column in cls.columns:
             if not column.name.startswith(f"{cls.name}_"):
                 raise TypeError(

@@ -1,0 +1,1 @@
+"""Profiles, policies and taxonomies that ship with Winnow: data, no code."""

@@ -1,0 +1,1 @@
+"""What is measured on a clip. An operator measures and never decides."""

@@ -1,0 +1,305 @@
+"""The command line. Heavy imports happen inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from winnow.pipeline.run import RunResult
+
+app = typer.Typer(
+    name="winnow",
+    help="Separates the grain from the chaff in generated video.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Look at and check configurations.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+FAILED, USAGE = 1, 2
+
+ConfigOption = Annotated[
+    str, typer.Option("--config", "-c", help="path of a YAML file, or cpu, gpu, paper")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one setting")
+]
+LakeOption = Annotated[str, typer.Option("--lake", help="folder or object-store URL of the lake")]
+StorageOption = Annotated[
+    list[str] | None,
+    typer.Option("--storage-option", metavar="KEY=VALUE", help="object-store setting; repeatable"),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
+
+
+class Format(StrEnum):
+    table = "table"
+    json = "json"
+    csv = "csv"
+    parquet = "parquet"
+
+
+class Engine(StrEnum):
+    inline = "inline"
+    ray = "ray"
+
+
+@app.callback()
+def _settings(
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+) -> None:
+    if debug:
+        os.environ["WINNOW_DEBUG"] = "1"
+
+
+@app.command()
+def run(
+    input_uri: Annotated[str, typer.Option("--input", "-i", help="folder, file or bucket URL")],
+    lake: LakeOption,
+    config: ConfigOption = "cpu",
+    engine: Annotated[Engine | None, typer.Option(help="overrides the configuration")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="take up at most N new files")] = None,
+    overrides: SetOption = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="try files again that failed before")
+    ] = False,
+    ray_address: Annotated[
+        str | None, typer.Option("--ray-address", help="a Ray cluster; default: start Ray here")
+    ] = None,
+    storage_option: StorageOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Filter a folder of videos into a lake."""
+    from winnow.pipeline.config import load_config
+    from winnow.pipeline.console import run_progress
+    from winnow.pipeline.run import run as run_pipeline
+
+    changes = list(overrides or [])
+    if engine is not None:
+        changes.append(f"engine={engine.value}")
+    if ray_address is not None and engine is None:
+        changes.append("engine=ray")
+    options = _pairs(storage_option)
+    with run_progress() as progress:
+        result = run_pipeline(
+            load_config(config, changes),
+            input_uri,
+            _lake(lake, options),
+            limit=limit,
+            retry_failed=retry_failed,
+            ray_address=ray_address,
+            progress=progress,
+            options=options,
+        )
+    _show_result(result, lake, json_output=json_output)
+
+
+def _show_result(result: RunResult, lake: str, *, json_output: bool) -> None:
+    from winnow.pipeline.console import print_json, print_run
+
+    if json_output:
+        print_json(
+            {
+                "run_id": result.run_id,
+                "lake": lake,
+                "sources_in": result.ledger.sources_in,
+                "sources": result.ledger.sources,
+                "clips": result.ledger.clips,
+                "verdicts": result.ledger.verdicts,
+                "balanced": result.ledger.balanced,
+                "skipped": result.skipped,
+                "not_generations": result.not_generations,
+                "not_readable": result.not_readable,
+                "wall_s": round(result.wall_s, 3),
+                "stages": result.stages,
+            }
+        )
+    else:
+        print_run(result, lake)
+
+
+@app.command()
+def refilter(
+    lake: LakeOption,
+    policy: Annotated[str, typer.Option("--policy", "-p", help="path of a YAML file, or a name")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="count only, write nothing")] = False,
+    storage_option: StorageOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Decide again from the stored scores, by another policy. No video is read."""
+    from winnow.pipeline.console import print_json, say
+    from winnow.pipeline.policy import load_policy
+    from winnow.pipeline.refilter import refilter as decide_again
+
+    result = decide_again(_lake(lake, _pairs(storage_option)), load_policy(policy), dry_run=dry_run)
+    if json_output:
+        print_json(
+            {
+                "policy": result.policy,
+                "clips": result.clips,
+                "verdicts": result.counts,
+                "changed": result.changed,
+                "kept_without_media": result.kept_without_media,
+                "written": not dry_run,
+            }
+        )
+        return
+    counts = " + ".join(f"{n} {name}" for name, n in sorted(result.counts.items())) or "0"
+    say(f"policy {result.policy}: clips {result.clips} = {counts}; {result.changed} changed")
+    if result.kept_without_media:
+        say(
+            f"{result.kept_without_media} of the kept clips have no media yet, so they are not in "
+            "the dataset"
+        )
+
+
+@app.command()
+def sql(
+    query: Annotated[str, typer.Argument(help="a SELECT over the lake's views")],
+    lake: LakeOption,
+    output: Annotated[Format, typer.Option("--format", "-f")] = Format.table,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="write to a file")] = None,
+    storage_option: StorageOption = None,
+) -> None:
+    """Query the lake: sources, clips, verdicts, dataset, embeddings, runs, clips_decided."""
+    from winnow.pipeline.query import write_query
+
+    write_query(_lake(lake, _pairs(storage_option)), query, output.value, out)
+
+
+@app.command()
+def report(
+    lake: LakeOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="the HTML file")] = Path("report.html"),
+    storage_option: StorageOption = None,
+) -> None:
+    """Write one self-contained HTML page about a lake."""
+    from winnow.pipeline.console import say
+    from winnow.pipeline.lake_report import write_lake_report
+
+    say(f"report: {write_lake_report(_lake(lake, _pairs(storage_option)), out)}")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="where samples, lake and report go")] = Path(
+        "demo"
+    ),
+    engine: Annotated[Engine, typer.Option(help="how to run it")] = Engine.inline,
+    json_output: JsonOption = False,
+) -> None:
+    """Draw sample videos with planted defects, filter them, and compare."""
+    from winnow.pipeline.demo import run_demo
+
+    run_demo(folder, engine.value, json_output=json_output)
+
+
+@app.command()
+def operators(json_output: JsonOption = False) -> None:
+    """List the operators and what they write."""
+    from winnow.pipeline.console import print_json, print_operators
+    from winnow.pipeline.describe import describe_operators
+
+    described = describe_operators()
+    if json_output:
+        print_json(described)
+    else:
+        print_operators(described)
+
+
+@app.command()
+def doctor(json_output: JsonOption = False) -> None:
+    """Say what this machine can do, and what each gap costs."""
+    from winnow.pipeline.console import print_findings, print_json
+    from winnow.pipeline.doctor import examine
+
+    findings = examine()
+    if json_output:
+        print_json([finding.as_dict() for finding in findings])
+    else:
+        print_findings(findings)
+
+
+@config_app.command("show")
+def config_show(config: ConfigOption = "cpu", overrides: SetOption = None) -> None:
+    """Print a configuration with every default filled in, as YAML."""
+    import yaml
+    from winnow.pipeline.config import load_config
+
+    content = load_config(config, overrides or []).model_dump(mode="json")
+    typer.echo(yaml.safe_dump(content, sort_keys=False), nl=False)
+
+
+@config_app.command("validate")
+def config_validate(config: ConfigOption = "cpu", overrides: SetOption = None) -> None:
+    """Check a configuration and its policy without reading any input."""
+    from winnow.pipeline.config import load_config
+    from winnow.pipeline.plan import check_config
+
+    plan = check_config(load_config(config, overrides or []))
+    typer.echo(
+        f"{config} is valid: {len(plan.config.stages)} stages, {len(plan.clip_columns)} columns, "
+        f"{len(plan.policy.rules)} rules in policy {plan.policy.name}"
+    )
+
+
+@config_app.command("schema")
+def config_schema(
+    policy: Annotated[bool, typer.Option("--policy", help="the schema of policies")] = False,
+) -> None:
+    """Print the JSON Schema of configurations."""
+    from winnow.pipeline.console import print_json
+    from winnow.pipeline.describe import configuration_schema, policy_schema
+
+    print_json(policy_schema() if policy else configuration_schema())
+
+
+def _lake(uri: str, options: dict[str, str]) -> Any:
+    from winnow.pipeline.lake import Lake
+
+    return Lake(uri if "://" in uri else str(Path(uri).absolute()), options)
+
+
+def _pairs(settings: list[str] | None) -> dict[str, str]:
+    pairs = {}
+    for setting in settings or []:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise typer.BadParameter(
+                f"{setting!r}: write it as KEY=VALUE", param_hint="--storage-option"
+            )
+        pairs[key] = value
+    return pairs
+
+
+def main() -> None:
+    """Entry point: errors become one message and an exit code."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        _complain("stopped. What was committed is in the lake; run the same command again to go on")
+        sys.exit(FAILED)
+    except Exception as error:
+        from winnow.operators.errors import ConfigError, LakeError, StorageError, WinnowError
+
+        if os.environ.get("WINNOW_DEBUG") or not isinstance(error, WinnowError):
+            raise
+        _complain(str(error))
+        sys.exit(USAGE if isinstance(error, ConfigError | StorageError | LakeError) else FAILED)
+
+
+def _complain(message: str) -> None:
+    typer.secho(
+        f"winnow: {message}", err=True, fg=typer.colors.RED if sys.stderr.isatty() else None
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""The configuration of a run: YAML checked by strict models. Nothing unknown is accepted.
+
+A configuration names its stages in order. `--set stages.split.longest_s=30` reaches into a list by a
+stage's label or name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from winnow.operators.errors import ConfigError
+from winnow.operators.media import Limits
+from winnow.operators.operator import Operator
+from winnow.operators.registry import operator_class
+from winnow.operators.shots import Detector, TransNetV2Detector
+
+T = TypeVar("T")
+
+VIDEO_PATTERNS = tuple(f"**/*.{suffix}" for suffix in ("mp4", "mov", "mkv", "webm", "avi", "m4v"))
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Workers(Strict):
+    """How many workers a stage may have; between the two, the engine decides by load."""
+
+    min: int = Field(1, ge=1)
+    max: int | None = Field(None, ge=1, description="default: one per CPU core")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Workers:
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"max ({self.max}) must not be below min ({self.min})")
+        return self
+
+
+class StageConfig(Strict):
+    label: str | None = Field(None, description="name in tables; needed where a stage stands twice")
+    workers: Workers = Workers()
+    cpus: float = Field(0.5, gt=0, description="CPU share of one worker, for the ray engine")
+    gpus: float = Field(0.0, ge=0, description="GPU share of one worker, for the ray engine")
+    timeout_s: float = Field(600.0, gt=0, description="longest time for one source")
+    threads: int = Field(1, ge=1, description="decoder and encoder threads of one worker")
+
+
+class IngestConfig(StageConfig):
+    stage: Literal["ingest"]
+    cpus: float = Field(0.2, gt=0)
+    patterns: tuple[str, ...] = VIDEO_PATTERNS
+    exclude: tuple[str, ...] = ()
+    limits: Limits = Limits()
+    settle_s: float = Field(
+        120.0, ge=0, description="a cut-off file changed this recently is incomplete, not failed"
+    )
+
+
+class SplitConfig(StageConfig):
+    stage: Literal["split"]
+    detector: Detector = Field(default_factory=TransNetV2Detector, discriminator="kind")
+    longest_s: float = Field(60.0, gt=0, description="longer shots are divided")
+
+
+class FilterConfig(StageConfig):
+    stage: Literal["filter"]
+    operators: dict[str, dict[str, Any] | None] = Field(min_length=1)
+
+
+class IndexConfig(Strict):
+    uri: str | None = Field(
+        None, description="a Milvus server (http://host:19530); default: milvus-lite in the lake"
+    )
+    token: SecretStr | None = Field(None, description="credentials of the server, user:password")
+
+
+class DedupConfig(StageConfig):
+    stage: Literal["dedup"]
+    cpus: float = Field(0.1, gt=0)
+    embedding: str = "fingerprint_v1"
+    threshold: float = Field(gt=0, le=1, description="least cosine similarity of a duplicate")
+    index: IndexConfig = IndexConfig()
+
+
+class TranscodeConfig(StageConfig):
+    stage: Literal["transcode"]
+    encoder: str = Field("auto", description="auto, or an ffmpeg H.264 encoder by name")
+    crf: int = Field(18, ge=0, le=51)
+    preset: str = "veryfast"
+
+
+class ShardConfig(StageConfig):
+    stage: Literal["shard"]
+    cpus: float = Field(0.1, gt=0)
+    taxonomy: str = Field("shards", description="path or name in configs/taxonomy")
+
+
+AnyStage = Annotated[
+    IngestConfig | SplitConfig | FilterConfig | DedupConfig | TranscodeConfig | ShardConfig,
+    Field(discriminator="stage"),
+]
+
+
+class CommitConfig(Strict):
+    """How often finished sources become visible in the lake."""
+
+    sources: int = Field(64, ge=1)
+    seconds: float = Field(20.0, gt=0)
+
+
+class RunConfig(Strict):
+    """A whole run."""
+
+    name: str
+    description: str = ""
+    engine: Literal["inline", "ray"] = "inline"
+    policy: str = Field(description="path or name in configs/policies")
+    stages: tuple[AnyStage, ...]
+    commit: CommitConfig = CommitConfig()
+    attempts: int = Field(2, ge=1, description="tries for a source that kills or hangs its worker")
+    isolate: bool = Field(True, description="media work happens in child processes")
+
+    @model_validator(mode="after")
+    def _sensible(self) -> RunConfig:
+        kinds = [stage.stage for stage in self.stages]
+        if kinds[:2] != ["ingest", "split"]:
+            raise ValueError("stages must begin with ingest, split")
+        for once in ("ingest", "split", "dedup", "transcode", "shard"):
+            if kinds.count(once) > 1:
+                raise ValueError(f"stage {once!r} stands more than once")
+        if "shard" in kinds and ("transcode" not in kinds or kinds[-1] != "shard"):
+            raise ValueError("shard must be the last stage and needs transcode before it")
+        labels = [stage_label(stage) for stage in self.stages]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"two stages are called {label!r}: give each filter a label")
+        return self
+
+    def stage(self, kind: str) -> Any:
+        """The configuration of a stage that stands at most once; None where it does not."""
+        return next((stage for stage in self.stages if stage.stage == kind), None)
+
+
+def stage_label(stage: StageConfig) -> str:
+    return stage.label or str(getattr(stage, "stage"))  # noqa: B009 - the union's discriminator
+
+
+def find_config(name: str, folder: str = "") -> tuple[str, str]:
+    """(text, origin) of a configuration file: a path, or a name that ships with the package."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or "/" in name:
+        try:
+            return path.read_text("utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read {name}: {error}") from error
+    shipped = resources.files("winnow.configs")
+    if folder:
+        shipped = shipped / folder
+    file = shipped / f"{name}.yaml"
+    if not file.is_file():
+        names = sorted(f.name[:-5] for f in shipped.iterdir() if f.name.endswith(".yaml"))
+        raise ConfigError(
+            f"there is no configuration {name!r}: give a path ending in .yaml, or one of "
+            f"{', '.join(names)}"
+        )
+    return file.read_text("utf-8"), f"configs/{folder + '/' if folder else ''}{name}.yaml"
+
+
+def parse_yaml(text: str, origin: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{origin} must hold a mapping, not {type(content).__name__}")
+    return content
+
+
+def apply_override(content: dict[str, Any], assignment: str) -> None:
+    """Apply one `a.b=c` to a parsed configuration; list items go by label, name or number."""
+    path, equals, text = assignment.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set {assignment!r}: write it as key.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {assignment!r}: the value is not valid YAML: {error}") from error
+    keys = path.split(".")
+    place: Any = content
+    for depth, key in enumerate(keys[:-1]):
+        where = ".".join(keys[: depth + 1])
+        place = _step(place, key, where, assignment)
+    last = keys[-1]
+    if isinstance(place, list):
+        place[_item(place, last, path, assignment)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise ConfigError(f"--set {assignment!r}: {'.'.join(keys[:-1])} has no keys")
+
+
+def _step(place: Any, key: str, where: str, assignment: str) -> Any:
+    if isinstance(place, list):
+        return place[_item(place, key, where, assignment)]
+    if isinstance(place, dict):
+        if place.get(key) is None:
+            place[key] = {}
+        return place[key]
+    raise ConfigError(f"--set {assignment!r}: there is nothing at {where}")
+
+
+def _item(place: list[Any], key: str, where: str, assignment: str) -> int:
+    for number, item in enumerate(place):
+        if isinstance(item, dict) and key in (
+            item.get("label"),
+            item.get("stage"),
+            item.get("name"),
+        ):
+            return number
+    if key.isdecimal() and int(key) < len(place):
+        return int(key)
+    raise ConfigError(f"--set {assignment!r}: the list has no item {where!r}")
+
+
+def validate(adapter: type[T], content: Any, origin: str) -> T:
+    """Check content against a model. Raises ConfigError that names every wrong place."""
+    try:
+        return TypeAdapter(adapter).validate_python(content)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e, origin) for e in error.errors())) from error
+
+
+def _explain(error: Any, origin: str) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "the whole"
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{origin}: unknown key {where!r}: remove it or correct its spelling"
+    if error["type"] == "missing":
+        return f"{origin}: {where} is missing"
+    value = error.get("input")
+    shown = f" (it is {value!r})" if isinstance(value, str | int | float | bool) else ""
+    return f"{origin}: {where}: {error['msg']}{shown}"
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, override and check a configuration. Raises ConfigError."""
+    text, origin = find_config(name)
+    content = parse_yaml(text, origin)
+    for assignment in overrides:
+        apply_override(content, assignment)
+    return validate(RunConfig, content, origin)
+
+
+def build_operators(config: FilterConfig) -> tuple[Operator, ...]:
+    """The operators of a filter stage, with their settings checked."""
+    return tuple(
+        validate(operator_class(name), settings or {}, f"stages.{stage_label(config)}.{name}")
+        for name, settings in config.operators.items()
+    )

@@ -1,0 +1,80 @@
+"""Describes operators and configurations from their own declarations."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+from pydantic import TypeAdapter
+from winnow.operators.operator import Operator
+from winnow.operators.registry import all_operators
+from winnow.pipeline.config import RunConfig
+from winnow.pipeline.policy import Policy
+
+
+def describe_operators() -> list[dict[str, Any]]:
+    """Every operator with its settings and columns, as plain data."""
+    return [_describe(operator) for operator in all_operators().values()]
+
+
+def _describe(operator: type[Operator]) -> dict[str, Any]:
+    summary = (inspect.getdoc(operator) or "").split("\n\n")[0].replace("\n", " ")
+    return {
+        "name": operator.name,
+        "version": operator.version,
+        "summary": summary,
+        "settings": {
+            field.name: field.default
+            for field in dataclasses.fields(operator)
+            if field.init and field.default is not dataclasses.MISSING
+        },
+        "columns": [
+            {
+                "name": column.name,
+                "type": str(column.type),
+                "meaning": column.meaning,
+                "unit": column.unit,
+                "range": column.range,
+                "direction": column.direction,
+                "source": column.source,
+            }
+            for column in operator.columns
+        ],
+        "embeddings": list(operator.embeddings),
+    }
+
+
+def configuration_schema() -> dict[str, Any]:
+    """JSON Schema of a run's configuration, with the settings of every operator and detector."""
+    schema = RunConfig.model_json_schema()
+    definitions = schema["$defs"]
+    definitions["FilterConfig"]["properties"]["operators"] = {
+        "type": "object",
+        "minProperties": 1,
+        "additionalProperties": False,
+        "properties": {
+            name: {"anyOf": [_settings_schema(cls), {"type": "null"}]}
+            for name, cls in all_operators().items()
+        },
+    }
+    return schema
+
+
+def policy_schema() -> dict[str, Any]:
+    """JSON Schema of a policy."""
+    return Policy.model_json_schema()
+
+
+def _settings_schema(cls: type[Any]) -> dict[str, Any]:
+    return TypeAdapter(cls).json_schema()
+
+
+def operators_markdown() -> str:
+    """The README's table of operators."""
+    lines = ["| operator | measures | columns |", "|---|---|---|"]
+    for operator in describe_operators():
+        names = ", ".join(f"`{column['name']}`" for column in operator["columns"])
+        vectors = "".join(f", vector `{model}`" for model in operator["embeddings"])
+        lines.append(f"| `{operator['name']}` | {operator['summary']} | {names}{vectors} |")
+    return "\n".join(lines) + "\n"

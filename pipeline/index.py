@@ -1,0 +1,224 @@
+"""The vector index of kept clips: Milvus, as milvus-lite inside the lake or as a server.
+
+The index is derived: it is reconciled with the lake's verdicts when a run starts and may be deleted
+at any time. A collection holds the kept clips of one embedding model under one policy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from winnow.operators.errors import IndexUnavailable
+from winnow.pipeline.lake import Lake
+from winnow.pipeline.views import connect
+from winnow.stages.dedup import Entry, Neighbour, picture_pixels
+
+NEIGHBOURS = 64
+_BATCH = 1000
+
+
+def default_index_uri(lake: Lake) -> str:
+    """Where milvus-lite keeps its files: in a local lake, else in the user's cache."""
+    if lake.is_local:
+        return str(Path(lake.uri) / "index" / "milvus.db")
+    name = hashlib.sha256(lake.uri.encode()).hexdigest()[:16]
+    return str(Path.home() / ".cache" / "winnow" / "index" / name / "milvus.db")
+
+
+@dataclass
+class MilvusIndex:
+    """Kept clips in a Milvus collection, with strong consistency: it sees its own writes."""
+
+    uri: str
+    collection: str
+    token: str = ""
+    _client: Any = field(default=None, repr=False)
+    _age: int = field(default=0, repr=False)
+
+    def open(self, dimensions: int | None = None) -> None:
+        """Connect, and create the collection where `dimensions` is given and it is missing."""
+        from pymilvus import MilvusClient
+
+        if "://" not in self.uri:
+            Path(self.uri).parent.mkdir(parents=True, exist_ok=True)
+        with _explained(self.uri):
+            self._client = MilvusClient(self.uri, token=self.token)
+            if self._client.has_collection(self.collection):
+                self._client.load_collection(self.collection)
+                self._age = 1 + max((row["age"] for row in self._rows(["age"])), default=-1)
+            elif dimensions is not None:
+                self._create(dimensions)
+
+    def _create(self, dimensions: int) -> None:
+        from pymilvus import DataType
+
+        schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
+        schema.add_field("clip_id", DataType.VARCHAR, is_primary=True, max_length=64)
+        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dimensions)
+        schema.add_field("pixels", DataType.INT64)
+        schema.add_field("age", DataType.INT64)
+        indexes = self._client.prepare_index_params()
+        # Dedup must not miss a neighbour: FLAT is exact. A server with many millions of clips
+        # trades that for an approximate index by its own configuration.
+        indexes.add_index("vector", index_type="FLAT", metric_type="COSINE")
+        self._client.create_collection(
+            self.collection, schema=schema, index_params=indexes, consistency_level="Strong"
+        )
+
+    @property
+    def present(self) -> bool:
+        return bool(self._client.has_collection(self.collection))
+
+    def _rows(self, fields: list[str]) -> Iterator[dict[str, Any]]:
+        iterator = self._client.query_iterator(
+            self.collection, batch_size=_BATCH, filter="", output_fields=fields
+        )
+        try:
+            while batch := iterator.next():
+                yield from batch
+        finally:
+            iterator.close()
+
+    def search(self, vector: NDArray[np.float32], threshold: float) -> list[Neighbour]:
+        with _explained(self.uri):
+            if not self.present:
+                return []
+            (hits,) = self._client.search(
+                self.collection,
+                data=[vector.tolist()],
+                limit=NEIGHBOURS,
+                output_fields=["pixels", "age"],
+                search_params={"metric_type": "COSINE"},
+                consistency_level="Strong",
+            )
+        found = []
+        for hit in hits:
+            similarity = round(float(hit["distance"]), 6)
+            if similarity >= threshold:
+                fields = hit["entity"]
+                found.append(Neighbour(hit["clip_id"], similarity, fields["pixels"], fields["age"]))
+        return found
+
+    def add(self, entry: Entry) -> None:
+        self.add_all([entry])
+
+    def add_all(self, entries: Sequence[Entry]) -> None:
+        if not entries:
+            return
+        with _explained(self.uri):
+            if not self.present:
+                self._create(len(entries[0].vector))
+            for start in range(0, len(entries), _BATCH):
+                batch = [
+                    {"clip_id": e.clip_id, "vector": e.vector.tolist(), "pixels": e.pixels,
+                     "age": e.age}
+                    for e in entries[start : start + _BATCH]
+                ]  # fmt: skip
+                self._client.upsert(self.collection, batch)
+        self._age = max(self._age, *(entry.age + 1 for entry in entries))
+
+    def remove(self, clip_ids: Sequence[str]) -> None:
+        with _explained(self.uri):
+            for start in range(0, len(clip_ids), _BATCH):
+                self._client.delete(self.collection, ids=list(clip_ids[start : start + _BATCH]))
+
+    def contents(self) -> dict[str, int]:
+        """Age by clip id, of everything in the collection."""
+        with _explained(self.uri):
+            if not self.present:
+                return {}
+            return {row["clip_id"]: row["age"] for row in self._rows(["clip_id", "age"])}
+
+    def clear(self) -> None:
+        with _explained(self.uri):
+            if self.present:
+                self._client.drop_collection(self.collection)
+        self._age = 0
+
+    def next_age(self) -> int:
+        return self._age
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+
+@contextmanager
+def _explained(uri: str) -> Iterator[None]:
+    from pymilvus.exceptions import MilvusException
+
+    try:
+        yield
+    except (MilvusException, OSError) as error:
+        raise IndexUnavailable(
+            f"the vector index at {uri} does not answer: {error}. If another run owns it, wait for "
+            "that run; if the files are broken, delete them: the index is rebuilt from the lake"
+        ) from error
+
+
+@dataclass(frozen=True)
+class OpenKeptIndex:
+    """Opens the index of a run and brings it in line with the lake. Picklable."""
+
+    lake: Lake
+    uri: str
+    token: str
+    embedding: str
+    policy: str
+
+    @property
+    def collection(self) -> str:
+        return "kept_" + re.sub(r"\W", "_", f"{self.embedding}__{self.policy}")
+
+    def __call__(self) -> MilvusIndex:
+        index = MilvusIndex(self.uri, self.collection, self.token)
+        index.open()
+        self.reconcile(index)
+        return index
+
+    def reconcile(self, index: MilvusIndex) -> None:
+        """Remove what is not kept in the lake (an uncommitted attempt), add what is missing."""
+        wanted = {entry.clip_id: entry for entry in self.kept_entries()}
+        held = index.contents()
+        extra = [clip_id for clip_id, age in held.items()
+                 if clip_id not in wanted or wanted[clip_id].age != age]  # fmt: skip
+        if len(extra) == len(held) and held:
+            index.clear()
+        else:
+            index.remove(extra)
+        gone = set(extra)
+        index.add_all([e for e in wanted.values() if e.clip_id not in held or e.clip_id in gone])
+
+    def kept_entries(self) -> list[Entry]:
+        """The kept clips of the lake under the policy, oldest first."""
+        if not self.lake.exists():
+            return []
+        with connect(self.lake) as connection:
+            has_border = connection.execute(
+                "SELECT count(*) FROM column_docs WHERE table_name = 'clips' "
+                "AND column_name = 'border_width'"
+            ).fetchone() == (1,)
+            border = "c.border_width, c.border_height" if has_border else "NULL, NULL"
+            rows = connection.execute(
+                f"""SELECT c.clip_id, e.vector, s.width, s.height, {border}
+                FROM verdicts v JOIN clips c USING (clip_id) JOIN sources s ON s.attempt_id = c.attempt_id
+                JOIN embeddings e ON e.clip_id = c.clip_id AND e.attempt_id = c.attempt_id
+                WHERE v.policy = ? AND v.verdict = 'keep' AND e.model = ?
+                ORDER BY s.seq, c.start_frame, c.clip_id""",
+                [self.policy, self.embedding],
+            ).fetchall()
+        return [
+            Entry(
+                clip_id, np.array(vector, np.float32), picture_pixels(inner_w, inner_h, w, h), age
+            )
+            for age, (clip_id, vector, w, h, inner_w, inner_h) in enumerate(rows)
+        ]

@@ -1,0 +1,278 @@
+"""The lake: Delta tables under one URI, append-only, with the `sources` rows as the commit point.
+
+Rows of a batch are appended table by table, each with the attempt that made it; the `sources` rows
+that name the attempts come last. Views join on committed attempts, so a crash at any moment leaves
+nothing visible that is half done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+from deltalake.exceptions import DeltaError, TableNotFoundError
+from winnow.operators.errors import LakeError
+from winnow.operators.operator import Column
+
+_TIME = pa.timestamp("us", "UTC")
+_STRINGS = pa.list_(pa.string())
+
+
+def _table(*columns: Column) -> tuple[Column, ...]:
+    return columns
+
+
+_ATTEMPT = Column("attempt_id", pa.string(), "the attempt whose commit makes this row visible")
+_CLIP_ID = Column("clip_id", pa.string(), "hash of the source's content and the frame span")
+_SOURCE_ID = Column("source_id", pa.string(), "SHA-256 of the file's bytes")
+
+TABLES: dict[str, tuple[Column, ...]] = {
+    "sources": _table(
+        _SOURCE_ID,
+        Column("uri", pa.string(), "where the file was found"),
+        Column("status", pa.string(), "done, copy, failed or incomplete"),
+        Column("error_kind", pa.string(), "short word to count failures by"),
+        Column("error", pa.string(), "what was wrong with the file"),
+        _ATTEMPT,
+        Column("run_id", pa.string(), "the run that made the attempt"),
+        Column("seq", pa.int64(), "order of commit in the lake"),
+        Column("committed_at", _TIME, "time of commit"),
+        Column("copy_of", pa.string(), "for status copy: the first uri with the same bytes"),
+        Column("bytes", pa.int64(), "file size", "bytes"),
+        Column("modified", pa.float64(), "modification time of the file", "s since 1970"),
+        Column("etag", pa.string(), "the object store's version tag"),
+        Column("container", pa.string(), "container format"),
+        Column("codec", pa.string(), "video codec"),
+        Column("pixel_format", pa.string(), "pixel format"),
+        Column("frames", pa.int64(), "frames in the video stream", "frames"),
+        Column("fps", pa.float64(), "frame rate", "1/s"),
+        Column("frame_rate", pa.string(), "exact frame rate as a fraction", "1/s"),
+        Column("variable_frame_rate", pa.bool_(), "frame times are uneven"),
+        Column("width", pa.int32(), "upright width", "pixels"),
+        Column("height", pa.int32(), "upright height", "pixels"),
+        Column("rotation", pa.int32(), "turn from coded to upright", "degrees"),
+        Column("duration_s", pa.float64(), "length of the video", "s"),
+        Column("has_audio", pa.bool_(), "there is an audio stream"),
+        Column("prompt", pa.string(), "prompt from the sidecar"),
+        Column("negative_prompt", pa.string(), "negative prompt from the sidecar"),
+        Column("seed", pa.int64(), "seed from the sidecar"),
+        Column("generator", pa.string(), "world model, as the sidecar's shape tells"),
+        Column("group_key", pa.string(), "shared by generations from the same input and prompt"),
+        Column("input_uri", pa.string(), "the video or image that the generation started from"),
+        Column("sidecar", pa.string(), "the sidecar verbatim, JSON"),
+        Column("sidecar_problem", pa.string(), "why a sidecar could not be used"),
+        Column("seconds", pa.map_(pa.string(), pa.float64()), "time spent by stage", "s"),
+    ),
+    "clips": _table(
+        _CLIP_ID,
+        _SOURCE_ID,
+        _ATTEMPT,
+        Column("start_s", pa.float64(), "start in the source's clock", "s", ">= 0"),
+        Column("end_s", pa.float64(), "end, exclusive, in the source's clock", "s", "> start_s"),
+        Column("start_frame", pa.int64(), "first frame", "frames", ">= 0"),
+        Column("end_frame", pa.int64(), "end frame, exclusive", "frames", "> start_frame"),
+        Column("failure", pa.string(), "why a stage could not do its work on the clip"),
+        Column(
+            "operator_versions",
+            pa.map_(pa.string(), pa.string()),
+            "operators that measured the clip",
+        ),
+    ),
+    "embeddings": _table(
+        _CLIP_ID,
+        _ATTEMPT,
+        Column("model", pa.string(), "model or method of the vector"),
+        Column("vector", pa.list_(pa.float32()), "the vector; one length per model"),
+    ),
+    "verdicts": _table(
+        _CLIP_ID,
+        _ATTEMPT,
+        Column("policy", pa.string(), "name of the policy"),
+        Column("policy_hash", pa.string(), "hash of the policy's rules and the dedup threshold"),
+        Column("verdict", pa.string(), "keep, reject, duplicate or error"),
+        Column("reasons", _STRINGS, "every rule that rejects, or that could not judge"),
+        Column("duplicate_of", pa.string(), "the clip that stays"),
+        Column("similarity", pa.float64(), "cosine similarity to it", "", "-1..1"),
+        Column("seq", pa.int64(), "order of decision in the lake"),
+        Column("decided_by", pa.string(), "the run or refilter that decided"),
+    ),
+    "dataset": _table(
+        _CLIP_ID,
+        _SOURCE_ID,
+        _ATTEMPT,
+        Column("policy", pa.string(), "policy that kept the clip"),
+        Column("media_uri", pa.string(), "the clip's encoded file"),
+        Column("content_type", pa.string(), "content type; unknown where it is not measured"),
+        Column("resolution", pa.string(), "resolution bucket"),
+        Column("aspect_ratio", pa.string(), "aspect ratio bucket"),
+        Column("length", pa.string(), "length bucket"),
+        Column("bytes", pa.int64(), "size of the encoded file", "bytes"),
+        Column("frames", pa.int64(), "frames in the encoded file", "frames"),
+        Column("fps", pa.float64(), "frame rate of the encoded file", "1/s"),
+        Column("width", pa.int32(), "width of the encoded file", "pixels"),
+        Column("height", pa.int32(), "height of the encoded file", "pixels"),
+        Column("duration_s", pa.float64(), "length of the clip", "s"),
+        Column("stream_copied", pa.bool_(), "the stream was copied, not encoded"),
+        Column("prompt", pa.string(), "prompt from the sidecar"),
+    ),
+    "runs": _table(
+        Column("run_id", pa.string(), "id of the run"),
+        Column("started_at", _TIME, "start"),
+        Column("finished_at", _TIME, "end"),
+        Column("engine", pa.string(), "inline or ray"),
+        Column("policy", pa.string(), "name of the policy"),
+        Column("input", pa.string(), "what the run was pointed at"),
+        Column("config", pa.string(), "resolved configuration, JSON"),
+        Column("policy_rules", pa.string(), "the policy as it was, JSON"),
+        Column("versions", pa.string(), "versions of Winnow, its packages and operators, JSON"),
+        Column("sources_in", pa.int64(), "files that the run took up"),
+        Column("counts", pa.string(), "sources by status and clips by verdict, JSON"),
+        Column("stages", pa.string(), "seconds, sources, clips and frames by stage, JSON"),
+        Column("wall_s", pa.float64(), "wall time", "s"),
+    ),
+}
+PARTITIONS = {"dataset": ["content_type", "resolution", "aspect_ratio", "length"]}
+
+
+def arrow_schema(columns: Sequence[Column]) -> pa.Schema:
+    return pa.schema([column.field() for column in columns])
+
+
+@dataclass
+class Lake:
+    """Handle on the tables under one URI (a local folder or an object store)."""
+
+    uri: str
+    options: dict[str, str] = field(default_factory=dict)
+    _written: dict[str, pa.Schema] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_local(self) -> bool:
+        return "://" not in self.uri
+
+    @property
+    def media_uri(self) -> str:
+        return f"{self.uri.rstrip('/')}/media"
+
+    def table_uri(self, table: str) -> str:
+        return f"{self.uri.rstrip('/')}/{table}"
+
+    def open(self, table: str) -> DeltaTable | None:
+        """The Delta table, or None where nothing was ever written to it."""
+        try:
+            return DeltaTable(self.table_uri(table), storage_options=self.options or None)
+        except TableNotFoundError:
+            return None
+        except DeltaError as error:
+            raise LakeError(f"cannot open table {table} of {self.uri}: {error}") from error
+
+    def exists(self) -> bool:
+        return self.open("sources") is not None
+
+    def require(self) -> None:
+        """Raises LakeError where there is no lake."""
+        if not self.exists():
+            raise LakeError(f"there is no lake at {self.uri}: make one with `winnow run --lake`")
+
+    def create(self, clip_columns: Sequence[Column]) -> None:
+        """Make what tables are missing, and add clip columns that are new."""
+        if self.is_local:
+            Path(self.uri).mkdir(parents=True, exist_ok=True)
+        for name, columns in TABLES.items():
+            wanted = (*columns, *clip_columns) if name == "clips" else columns
+            self._ensure(name, arrow_schema(wanted))
+
+    def _ensure(self, name: str, schema: pa.Schema) -> None:
+        table = self.open(name)
+        if table is None:
+            DeltaTable.create(
+                self.table_uri(name),
+                schema,
+                mode="ignore",
+                partition_by=PARTITIONS.get(name),
+                storage_options=self.options or None,
+            )
+            self._written[name] = schema
+            return
+        present = pa.schema(table.schema().to_arrow())
+        for column in schema:
+            if column.name in present.names:
+                known = present.field(column.name).type
+                if not _same_type(known, column.type):
+                    raise LakeError(
+                        f"column {column.name!r} of {name} is {known} in the lake and "
+                        f"{column.type} in this version: use a new lake or rename the operator"
+                    )
+        missing = [column for column in schema if column.name not in present.names]
+        if missing:
+            table.alter.add_columns(_delta_fields(missing))
+        self._written[name] = schema
+
+    def append(
+        self, table: str, rows: Sequence[Mapping[str, Any]], batch: tuple[str, int] | None = None
+    ) -> None:
+        """Append rows; with `batch` (run id, number), the append is remembered as that transaction.
+
+        Unknown keys are an error: a value that has no column would vanish.
+        """
+        if not rows:
+            return
+        schema = self._written.get(table)
+        if schema is None:
+            present = self.open(table)
+            if present is None:
+                raise LakeError(f"table {table} does not exist in {self.uri}")
+            schema = self._written[table] = pa.schema(present.schema().to_arrow())
+        unknown = {key for row in rows for key in row} - set(schema.names)
+        if unknown:
+            raise LakeError(f"no column in {table} for {', '.join(sorted(unknown))}")
+        data = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+        self.append_table(table, data, batch)
+
+    def append_table(
+        self, table: str, data: pa.Table, batch: tuple[str, int] | None = None
+    ) -> None:
+        transactions = None if batch is None else [Transaction(batch[0], batch[1])]
+        write_deltalake(
+            self.table_uri(table),
+            data,
+            mode="append",
+            schema_mode="merge",
+            storage_options=self.options or None,
+            commit_properties=CommitProperties(app_transactions=transactions),
+        )
+
+    def committed_batch(self, table: str, app: str) -> int | None:
+        """The last batch number of a run that the table holds (Delta does not refuse replays)."""
+        present = self.open(table)
+        return None if present is None else present.transaction_version(app)
+
+    def dataset(self, table: str) -> pads.Dataset | None:
+        """The table as an Arrow dataset, read lazily."""
+        present = self.open(table)
+        return None if present is None else present.to_pyarrow_dataset()
+
+
+def _same_type(a: pa.DataType, b: pa.DataType) -> bool:
+    def normal(kind: pa.DataType) -> str:
+        text = str(kind).replace("large_", "").replace("_view", "")
+        return text.replace("element", "item").replace("entries", "").replace(" not null", "")
+
+    return normal(a) == normal(b)
+
+
+def _delta_fields(fields: Sequence[pa.Field]) -> list[Any]:
+    from deltalake import Schema
+
+    return list(Schema.from_arrow(pa.schema(fields)).fields)
+
+
+def sequence_number() -> int:
+    """Order of decisions: microseconds since 1970."""
+    return time.time_ns() // 1000

@@ -1,0 +1,167 @@
+"""Dedup: the online rule. Each new clip is compared with the clips kept before it.
+
+Among near-duplicates the older clip stays, unless the new one has more pixels than all that it
+duplicates: then it replaces them. Clips are taken in listing order and ties are broken by age and
+id, so the outcome does not depend on timing. `resolve` is the rule alone, shared by the stage and by
+`winnow refilter`; the index behind it may be Milvus or exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from winnow.stages.records import Demotion, Source
+from winnow.stages.stage import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A kept clip in the index."""
+
+    clip_id: str
+    vector: NDArray[np.float32]
+    pixels: int
+    """Picture size without borders: what "higher resolution" compares."""
+    age: int
+    """Place in the order of keeping; smaller is older."""
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    clip_id: str
+    similarity: float
+    pixels: int
+    age: int
+
+
+class KeptIndex(Protocol):
+    """The kept clips, searchable by cosine similarity; sees its own writes at once."""
+
+    def search(self, vector: NDArray[np.float32], threshold: float) -> Sequence[Neighbour]: ...
+
+    def add(self, entry: Entry) -> None: ...
+
+    def remove(self, clip_ids: Sequence[str]) -> None: ...
+
+    def next_age(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the rule says of one clip: kept, or a duplicate; and whom it replaces."""
+
+    duplicate_of: str | None = None
+    similarity: float | None = None
+    replaces: tuple[Neighbour, ...] = ()
+
+
+def resolve(
+    clip_id: str, vector: NDArray[np.float32], pixels: int, index: KeptIndex, threshold: float
+) -> Outcome:
+    """Apply the online rule to one clip and update the index."""
+    near = [n for n in index.search(vector, threshold) if n.clip_id != clip_id]
+    stronger = [n for n in near if n.pixels >= pixels]
+    if stronger:
+        first = min(stronger, key=lambda n: (-n.similarity, n.age, n.clip_id))
+        return Outcome(first.clip_id, first.similarity)
+    index.remove([n.clip_id for n in near])
+    index.add(Entry(clip_id, vector, pixels, index.next_age()))
+    return Outcome(replaces=tuple(sorted(near, key=lambda n: (n.age, n.clip_id))))
+
+
+class ExactIndex:
+    """Kept clips in memory, searched exactly. The reference, and what `refilter` replays with."""
+
+    def __init__(self, dimensions: int = 0) -> None:
+        self._vectors = np.zeros((0, dimensions), np.float32)
+        self._entries: list[Entry | None] = []
+        self._rows: dict[str, int] = {}
+
+    def search(self, vector: NDArray[np.float32], threshold: float) -> list[Neighbour]:
+        if not self._entries:
+            return []
+        similarities = self._vectors[: len(self._entries)] @ vector
+        found = []
+        for row in np.flatnonzero(similarities >= threshold - 1e-6):
+            entry, similarity = self._entries[row], round(float(similarities[row]), 6)
+            if entry is not None and similarity >= threshold:
+                found.append(Neighbour(entry.clip_id, similarity, entry.pixels, entry.age))
+        return found
+
+    def add(self, entry: Entry) -> None:
+        row = len(self._entries)
+        if row >= len(self._vectors):
+            grown = np.zeros((max(256, 2 * row), len(entry.vector)), np.float32)
+            grown[:row] = self._vectors[:row]
+            self._vectors = grown
+        self._vectors[row] = entry.vector
+        self._entries.append(entry)
+        self._rows[entry.clip_id] = row
+
+    def remove(self, clip_ids: Sequence[str]) -> None:
+        for clip_id in clip_ids:
+            row = self._rows.pop(clip_id)
+            self._entries[row] = None
+            self._vectors[row] = 0
+
+    def next_age(self) -> int:
+        return len(self._entries)
+
+    def close(self) -> None:
+        self._entries.clear()
+
+
+def picture_pixels(
+    inner_width: int | None, inner_height: int | None, width: int, height: int
+) -> int:
+    """Pixels of the picture inside black borders, where `border` measured them."""
+    if inner_width is None or inner_height is None:
+        return width * height
+    return inner_width * inner_height
+
+
+@dataclass
+class Dedup(Stage):
+    """Marks near-duplicates among the clips still alive. Owns the index: one instance a run."""
+
+    name: ClassVar[str] = "dedup"
+    ordered: ClassVar[bool] = True
+    open_index: Callable[[], KeptIndex]
+    embedding: str
+    threshold: float
+    label: str = "dedup"
+    _index: KeptIndex | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        # Plans travel to worker processes; an open index stays with its owner.
+        return self.__dict__ | {"_index": None}
+
+    def setup(self) -> None:
+        self._index = self.open_index()
+
+    def process(self, source: Source) -> None:
+        assert self._index is not None
+        assert source.media is not None
+        for clip in source.clips:
+            vector = clip.vectors.get(self.embedding)
+            if not clip.alive or vector is None:
+                continue
+            inner = clip.columns.get("border_width"), clip.columns.get("border_height")
+            pixels = picture_pixels(*inner, source.media.width, source.media.height)
+            outcome = resolve(clip.clip_id, vector, pixels, self._index, self.threshold)
+            clip.decision.duplicate_of = outcome.duplicate_of
+            clip.decision.similarity = outcome.similarity
+            source.demotions += [
+                Demotion(old.clip_id, clip.clip_id, old.similarity) for old in outcome.replaces
+            ]
+
+    def close(self) -> None:
+        if self._index is not None:
+            self._index.close()
+            self._index = None

@@ -1,0 +1,66 @@
+"""What a stage is: one step of a run, taking a source with its clips and giving it back.
+
+A stage is constructed from plain settings, pickled to where it runs, `setup()` there once, and then
+called with one source at a time. It adds rows and columns; it never drops a row and never decides by
+score: the policy marks rejected clips between stages, and a stage works on the clips still alive.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from winnow.operators.operator import Column
+from winnow.stages.records import Source
+
+
+class Files(Protocol):
+    """Where source files are read from."""
+
+    def local(self, key: str) -> AbstractContextManager[Path]:
+        """The file as a local path, for the duration of the context."""
+
+    def read(self, key: str, limit: int) -> bytes: ...
+
+    def exists(self, key: str) -> bool: ...
+
+
+class MediaSink(Protocol):
+    """Where encoded clips are written to."""
+
+    def put(self, path: Path, key: str) -> str:
+        """Store a local file under a key, atomically; returns its uri."""
+
+
+class Stage(ABC):
+    """Base of all stages."""
+
+    name: ClassVar[str]
+    ordered: ClassVar[bool] = False
+    """One instance sees every source, in listing order (it owns state)."""
+    label: str
+    """Name in tables and progress; unique in a run."""
+
+    def columns(self) -> tuple[Column, ...]:
+        """The clip columns that this stage writes."""
+        return ()
+
+    def embeddings(self) -> tuple[str, ...]:
+        """The embedding models whose vectors this stage writes."""
+        return ()
+
+    def versions(self) -> dict[str, str]:
+        """What produced the columns, for the `runs` table and reruns."""
+        return {}
+
+    def setup(self) -> None:  # noqa: B027 - optional hook
+        """Load models, open connections. Called once in the process that does the work."""
+
+    @abstractmethod
+    def process(self, source: Source) -> None:
+        """Do the step, in place. Raises MediaError where the whole source cannot be used."""
+
+    def close(self) -> None:  # noqa: B027 - optional hook
+        """Release what setup() took."""
