@@ -19,7 +19,6 @@ from typing import Any
 
 import av
 import cv2
-
 from winnow.operators.border import Border
 from winnow.operators.errors import MeasureError
 from winnow.operators.exposure import Exposure

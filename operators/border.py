@@ -155,7 +155,9 @@ class _BorderMeasurement(Measurement):
         if self._size is None:
             self._size = (height, width)
             self._rows, self._columns = _Lines(height), _Lines(width)
-        _, lit = cv2.threshold(luma, self._operator.limit, 1, cv2.THRESH_BINARY)
+        lit = np.asarray(
+            cv2.threshold(luma, self._operator.limit, 1, cv2.THRESH_BINARY)[1], np.uint8
+        )
         lit_columns = _sums(lit, 0) / height
         if (height, width) != self._size or lit_columns.mean() < LIT_FRAME:
             return
@@ -194,5 +196,5 @@ class _BorderMeasurement(Measurement):
 
 def _sums(image: NDArray[np.uint8], axis: int) -> NDArray[np.float64]:
     """Sums along an axis: 0 gives one per column, 1 one per row."""
-    sums: NDArray[np.float64] = cv2.reduce(image, axis, cv2.REDUCE_SUM, dtype=cv2.CV_32S)
-    return sums.ravel().astype(np.float64)
+    sums = cv2.reduce(image, axis, cv2.REDUCE_SUM, dtype=cv2.CV_32S)
+    return np.asarray(sums, np.float64).ravel()

@@ -4,7 +4,7 @@ It looks at 48x27 frames and asks two questions that camera and object motion ra
 A cut: is the difference to the previous frame far above that of its neighbours, is the structure of
 the picture gone, and is it still gone a few frames later (a flash comes back)?
 A dissolve: are two frames some distance apart unlike each other, and is the frame halfway nearly
-their mean? Cross-fades and fades are linear in time, while motion that has replaced the picture is not.
+their mean? Cross-fades and fades are linear in time; motion that replaces the picture is not.
 Both questions are scale free, so dark scenes count as much as bright ones.
 """
 
@@ -47,7 +47,7 @@ class Change:
         """(n,) mean absolute RGB difference to the previous frame, 0..255; 0 for the first."""
         self.step[1:] = self._difference(slice(0, -1), slice(1, None))
         self.across = np.ones(len(frames))
-        """(n,) similarity of frames n - CONTEXT and n + CONTEXT - 1, -1..1; 1 where one is missing."""
+        """(n,) similarity of frames n - CONTEXT and n + CONTEXT - 1, -1..1; 1 at the ends."""
         reach = 2 * CONTEXT - 1
         if len(frames) > reach:
             self.across[CONTEXT : CONTEXT - reach] = self._similarity(

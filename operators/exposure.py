@@ -128,5 +128,4 @@ class _ExposureMeasurement(Measurement):
 
 
 def _histogram(luma: NDArray[np.uint8]) -> NDArray[np.float32]:
-    counts: NDArray[np.float32] = cv2.calcHist([luma], [0], None, [256], [0, 256])
-    return counts.ravel()
+    return np.asarray(cv2.calcHist([luma], [0], None, [256], [0, 256]), np.float32).ravel()

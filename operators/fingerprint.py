@@ -7,12 +7,13 @@ matter). Of these, the mean over time is the layout, and the cosines over time a
 part is flattened, compressed, normalised, and the two are joined with weights. A clip without
 motion above coding noise is described by its layout alone.
 
-What the cosine means, measured by bench/fingerprint.py: copies that were re-encoded, rescaled,
-cropped by up to 3 % a side, brightened or changed in frame rate stay above 0.85, different clips
-below 0.6, clips that share a scene but not the motion mostly below 0.75. Advice to the dedup
-stage: duplicates from 0.80 on. A mirrored or reversed clip is not a duplicate, unless it hardly
-moves (reversed) or is symmetrical (mirrored). Black borders are not removed: crop first if a
-bordered copy shall count as a copy.
+What the cosine means, measured by bench/fingerprint.py on the clips that the weights were set on:
+copies that were re-encoded, rescaled, cropped by up to 3 % a side, brightened or changed in frame
+rate stay above 0.87, different clips below 0.53. Advice to the dedup stage: duplicates from 0.80
+on. A scene with another motion is not a duplicate; where hardly anything moves, there is no other
+motion, and two halves of such a clip are duplicates. A mirrored or reversed clip is not a
+duplicate, unless its motion is its own mirror image or its own reverse. Black borders are not
+removed: a bordered copy may be missed, so crop first if it shall count.
 
 Sources of the method: 3-D DCT video hashing (Coskun, Sankur, Memon, "Spatio-temporal transform
 based video hashing", IEEE Trans. Multimedia 2006); power normalisation (Perronnin et al., ECCV
@@ -132,7 +133,7 @@ class _Timeline:
 
     def extended(self, values: NDArray[np.float64], durations: NDArray[np.float64]) -> _Timeline:
         """With (n, frequencies, frequencies) more values, each held for its duration in seconds."""
-        areas = values.reshape(len(values), -1) * durations[:, None]
+        areas = values.reshape(len(values), _FREQUENCIES**2) * durations[:, None]
         times = np.append(self.times, self.times[-1] + np.cumsum(durations))
         integrals = np.concatenate((self.integrals, self.integrals[-1] + np.cumsum(areas, axis=0)))
         while len(times) > _MAX_KNOTS:
@@ -149,7 +150,7 @@ class _Timeline:
         at_edges = (
             self.integrals[left] * (1 - share)[:, None] + self.integrals[left + 1] * share[:, None]
         )
-        averages = np.diff(at_edges, axis=0) / (edges[1] - edges[0])
+        averages: NDArray[np.float64] = np.diff(at_edges, axis=0) / (edges[1] - edges[0])
         return averages.reshape(bins, _FREQUENCIES, _FREQUENCIES)
 
 

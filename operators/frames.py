@@ -35,9 +35,8 @@ _LUMA_SHIFT = {
     "yuv420p12le": 4, "yuv422p12le": 4, "yuv444p12le": 4,
 }  # fmt: skip
 _FULL_RANGE = 2  # AVCOL_RANGE_JPEG
-_LIMITED_BLACK = 16
+_LIMITED_BLACK: Any = 16  # OpenCV's stubs do not know of scalar operands
 _LIMITED_STRETCH = 255 / 219
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,9 @@ def _raw_luma(frame: av.VideoFrame) -> tuple[NDArray[Any], int]:
         shift = 0
     plane = frame.planes[0]
     dtype = np.uint8 if shift == 0 else np.dtype("<u2")
-    rows = np.frombuffer(plane, dtype).reshape(-1, plane.line_size // np.dtype(dtype).itemsize)
+    rows = np.frombuffer(memoryview(plane), dtype).reshape(
+        -1, plane.line_size // np.dtype(dtype).itemsize
+    )
     return rows[: frame.height, : frame.width], shift
 
 
@@ -93,8 +94,9 @@ def full_range(luma: NDArray[np.uint8], frame: av.VideoFrame) -> NDArray[np.uint
     """Luma stretched to 0..255; in memory of its own where it had to be stretched."""
     if not is_limited_range(frame):
         return luma
-    # Twice as fast as a lookup table; both steps saturate, so blacker than black stays 0.
-    return cv2.convertScaleAbs(cv2.subtract(luma, _LIMITED_BLACK), alpha=_LIMITED_STRETCH)
+    # Cheaper than a lookup table; both steps saturate, so blacker than black stays 0.
+    above_black = cv2.subtract(luma, _LIMITED_BLACK)
+    return np.asarray(cv2.convertScaleAbs(above_black, alpha=_LIMITED_STRETCH), np.uint8)
 
 
 def upright(image: NDArray[np.uint8], rotation: int) -> NDArray[np.uint8]:
@@ -104,7 +106,7 @@ def upright(image: NDArray[np.uint8], rotation: int) -> NDArray[np.uint8]:
 
 
 def shrink(image: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
-    """An image area-averaged to `size` (width, height),.
+    """An image area-averaged to `size` (width, height), which is no larger than the image.
 
     Halved while that does not undershoot, then scaled for the rest: OpenCV halves some thirty times
     faster than it scales by an odd factor, and the result differs by less than a grey level. An odd
@@ -133,14 +135,13 @@ def sample_image(frame: av.VideoFrame, sampling: Sampling) -> NDArray[np.uint8]:
     scale = 1.0 if sampling.height is None else min(1.0, sampling.height / upright_height)
     size = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
     if sampling.kind == "luma":
-        luma = luma_plane(frame)
-        if scale < 1.0:
-            luma = shrink(luma, size)
+        plane = luma_plane(frame)
+        luma = shrink(plane, size) if scale < 1.0 else plane
         image = upright(full_range(luma, frame), frame.rotation)
         # Neither stretched nor scaled nor turned, it is still the decoder's own buffer.
-        return np.array(image) if np.may_share_memory(image, luma_plane(frame)) else image
+        return np.array(image) if np.may_share_memory(image, plane) else image
     rgb = frame.reformat(width=size[0], height=size[1], format="rgb24", interpolation="AREA")
-    return upright(rgb.to_ndarray(), frame.rotation)
+    return upright(np.asarray(rgb.to_ndarray(), np.uint8), frame.rotation)
 
 
 def frame_vectors(frame: av.VideoFrame) -> NDArray[Any] | None:
@@ -153,7 +154,8 @@ def frame_vectors(frame: av.VideoFrame) -> NDArray[Any] | None:
         return None
     vectors = side_data.to_ndarray()
     # Copied as bytes: NumPy copies records with padding field by field, some ten times slower.
-    return vectors.view(np.uint8).copy().view(vectors.dtype)
+    copied: NDArray[Any] = vectors.view(np.uint8).copy().view(vectors.dtype)
+    return copied
 
 
 def open_video(

@@ -19,14 +19,16 @@ def largest_tile_difference(a: NDArray[np.uint8], b: NDArray[np.uint8], tile: in
     A small thing that moves stands out in its own tile, however large the still frame around it.
     """
     side = min(tile, *a.shape)
-    sums = cv2.boxFilter(
-        cv2.absdiff(a, b),
-        cv2.CV_16U if side <= 16 else cv2.CV_32F,
-        (side, side),
-        normalize=False,
-        borderType=cv2.BORDER_CONSTANT,
+    sums = np.asarray(
+        cv2.boxFilter(
+            cv2.absdiff(a, b),
+            cv2.CV_16U if side <= 16 else cv2.CV_32F,
+            (side, side),
+            normalize=False,
+            borderType=cv2.BORDER_CONSTANT,
+        )
     )
-    return float(sums.max()) / side**2
+    return float(np.max(sums)) / float(side * side)
 
 
 @dataclass(frozen=True)

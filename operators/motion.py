@@ -234,7 +234,7 @@ class _CodecMotion:
             # Field by field: selecting whole records is many times slower.
             return found[name].astype(np.float32)[past]
 
-        scale = np.maximum(field("motion_scale"), 1)
+        scale = np.maximum(field("motion_scale"), np.float32(1))
         x = field("motion_x") / scale
         y = field("motion_y") / scale
         area = field("w") * field("h")
@@ -243,8 +243,8 @@ class _CodecMotion:
         cell = row.astype(np.intp) * self._columns + column
         cells = self._rows * self._columns
 
-        def total(values: NDArray[np.float32]) -> NDArray[np.float64]:
-            return np.bincount(cell, values, cells)
+        def total(values: NDArray[Any]) -> NDArray[np.float64]:
+            return np.bincount(cell, values, cells).astype(np.float64, copy=False)
 
         covered = total(area)
         divisor = np.maximum(covered, 1)
@@ -266,7 +266,7 @@ class _FlowMotion:
 
     def __init__(self, rate: float) -> None:
         self._shortest_s = 1 / rate
-        self._flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
+        self._flow: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
         self._held: tuple[float, NDArray[np.uint8]] | None = None
         self._last: tuple[float, NDArray[np.uint8]] | None = None
 
@@ -306,14 +306,14 @@ class _FlowMotion:
         cells = (max(1, width // FLOW_CELL), max(1, height // FLOW_CELL))
         size = cv2.magnitude(flow[..., 0], flow[..., 1])
         speed = cv2.resize(size, cells, interpolation=cv2.INTER_AREA).astype(np.float64).ravel()
-        median = [_median(flow[::2, ::2, axis].ravel()) for axis in (0, 1)]
+        median_x, median_y = (_median(flow[::2, ::2, axis].ravel()) for axis in (0, 1))
         rate = 1 / ((after[0] - before[0]) * float(np.hypot(width, height)))
         return Interval(
             before[0],
             after[0],
             speed=speed * rate,
             cover=np.ones_like(speed),
-            camera=float(np.hypot(*median)) * rate,
+            camera=float(np.hypot(median_x, median_y)) * rate,
         )
 
 

@@ -54,8 +54,8 @@ def _laplacian_energy(luma: NDArray[np.uint8], tiles: int) -> NDArray[np.float32
     rows, columns = luma.shape
     laplacian = cv2.Laplacian(luma, cv2.CV_16S)[: rows // tiles * tiles, : columns // tiles * tiles]
     squared = cv2.multiply(laplacian, laplacian, dtype=cv2.CV_32F)
-    energy: NDArray[np.float32] = cv2.resize(squared, (tiles, tiles), interpolation=cv2.INTER_AREA)
-    return energy.ravel()
+    energy = cv2.resize(squared, (tiles, tiles), interpolation=cv2.INTER_AREA)
+    return np.asarray(energy, np.float32).ravel()
 
 
 def blockiness(luma: NDArray[np.uint8]) -> float:

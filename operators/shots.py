@@ -1,9 +1,9 @@
 """Shot boundaries of one file, in one decode pass with flat memory.
 
-Frames are shrunk to 48x27 as they are decoded. The change signal (operators/change.py) looks at every
-window of 100 of them; TransNetV2 (operators/transnet.py) judges only the windows in which the signal
-sees something that may be a cut or a dissolve. Where it looks, it sees exactly what it would see if it
-looked everywhere.
+Frames are shrunk to 48x27 as they are decoded. The change signal (operators/change.py) looks at
+every window of 100 of them; TransNetV2 (operators/transnet.py) judges only the windows in which the
+signal sees something that may be a cut or a dissolve. Where it looks, it sees exactly what it would
+see if it looked everywhere.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from winnow.operators.transnet import transition_probabilities
 _MARGIN = (WINDOW - STRIDE) // 2
 _WIDTH, _HEIGHT = 48, 27
 _SCENEDETECT_LONG_SIDE = 256
+_ABRUPT = 0.7
 _LASTING = 0.6  # above this similarity the picture before a "cut" is back after it: a flash
 
 
@@ -78,8 +79,8 @@ Detector = TransNetV2Detector | AdaptiveDetector | NoDetector
 class Transition:
     """A change of shot. Frames [start, end) belong to the transition itself.
 
-    A hard cut between frame n - 1 and n has start = end = n. `probability` is the detector's, 1 where
-    it states none.
+    A hard cut between frame n - 1 and n has start = end = n. `probability` is the detector's, 1
+    where it states none.
     """
 
     start: int
@@ -117,13 +118,13 @@ def scan_shots(path: Path, detector: Detector, *, threads: int = 1) -> ShotScan:
     """Decode a file once and find its shots.
 
     A file whose container opens but holds no decodable frame gives a scan of 0 frames. A transition
-    that leaves fewer than 3 frames at either end of the file is not reported, nor one after which the
-    same picture comes back within 3 frames (a flash). Raises MediaError as `frames.decode` does, and
-    ModelUnavailable.
+    that leaves fewer than 3 frames at either end of the file is not reported, nor (by `transnetv2`)
+    one after which the same picture comes back within 3 frames: a flash. Raises MediaError as
+    `frames.decode` does, and ModelUnavailable.
     """
     watcher = _watcher(detector, threads)
     clock = _Clock(path)
-    # Deblocking changes a 48x27 picture by less than one grey level and costs a quarter of decoding.
+    # Deblocking changes a 48x27 picture by a grey level and costs a fifth of decoding.
     for frame in decode(path, threads=threads, draft=True):
         clock.see(frame)
         watcher.see(frame)
@@ -159,7 +160,7 @@ def _between(transitions: Iterable[Transition], frames: int) -> list[Span]:
 
 
 class _Clock:
-    """Collects presentation times; asks the container for its rate only where frames have no time."""
+    """Collects presentation times; asks for the frame rate only where frames have no time."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -274,7 +275,7 @@ def _thumbnail(frame: av.VideoFrame) -> NDArray[np.uint8]:
     lying = frame.rotation % 180 != 0
     width, height = (_HEIGHT, _WIDTH) if lying else (_WIDTH, _HEIGHT)
     small = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA")
-    return upright(small.to_ndarray(), frame.rotation)
+    return upright(np.asarray(small.to_ndarray(), np.uint8), frame.rotation)
 
 
 @dataclass(slots=True)
@@ -335,9 +336,11 @@ def _transitions(
         # The network marks the last frame before a cut; the change is in the step to the next one.
         near = slice(max(1, first - 1), min(len(step), last + 4))
         cut = near.start + int(np.argmax(step[near])) if near.start < near.stop else first + 1
+        # A flash is two large steps, there and back; a cut is one; a dissolve is many small ones.
+        abrupt = np.sort(step[near])[-2:].sum() > _ABRUPT * step[near].sum()
+        if abrupt and across[cut] > _LASTING:
+            continue
         if step[cut] > 0.5 * step[near].sum():
-            if across[cut] > _LASTING:
-                continue
             transition = Transition(cut, cut, probability)
         else:
             inside = member > threshold

@@ -9,11 +9,13 @@ out of the texture around it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+Pixel = TypeVar("Pixel", bound=np.generic)
 Gradient = NDArray[np.float32]
 """(2, h, w): horizontal and vertical derivative of luma, in grey levels per pixel."""
 Map = NDArray[np.float32]
@@ -29,6 +31,10 @@ STANDS_OUT = 1.6
 """Least density of text on texture as a multiple of the texture's median."""
 ROUNDS = 3
 """How often a threshold is raised at most."""
+VAIN = 2
+"""After so many searches without a find, a place is searched again only if denser than ever."""
+DENSER = 1.1
+"""What denser means, as a multiple of the densest that was searched in vain."""
 FAMILIAR = 0.6
 """Least likeness of a place to what was there when it was last searched, for not searching again."""
 CELL = 4
@@ -64,9 +70,12 @@ class Box:
     def area(self) -> int:
         return max(0, self.width) * max(0, self.height)
 
-    def within(self, image: NDArray[np.generic]) -> NDArray[np.generic]:
+    def within(self, image: NDArray[Pixel]) -> NDArray[Pixel]:
         """The part of an image, or of a stack of images, under the box."""
         return image[..., self.top : self.bottom, self.left : self.right]
+
+    def moved(self, right: int, down: int) -> Box:
+        return Box(self.left + right, self.top + down, self.right + right, self.bottom + down)
 
     def intersection(self, other: Box) -> Box:
         return Box(
@@ -107,19 +116,24 @@ def gradient(luma: NDArray[np.uint8]) -> Gradient:
     return np.stack([horizontal, vertical])
 
 
-def strength(field: Gradient) -> Map:
-    """(h, w) length of the gradient."""
-    return np.asarray(cv2.magnitude(field[0], field[1]), np.float32)
-
-
 def steady(one: Gradient, other: Gradient) -> Gradient:
     """What two frames' gradients have in common: their mean where they agree, zero elsewhere.
 
     They agree where they differ by less than half of the weaker one.
     """
-    weaker = cv2.min(strength(one), strength(other))
-    agree = (strength(one - other) < 0.5 * weaker) & (weaker > EDGE)
-    return np.where(agree, (one + other) * np.float32(0.5), np.float32(0))
+    weaker = np.minimum(_energy(one), _energy(other))
+    agree = (_energy(one - other) < 0.25 * weaker) & (weaker > EDGE**2)
+    return (one + other) * (np.float32(0.5) * agree.astype(np.float32))
+
+
+def edge_energy(field: Gradient) -> float:
+    """Sum of the squared gradient over all edges; coding noise does not count."""
+    energy = _energy(field)
+    return float(energy[energy > EDGE**2].sum())
+
+
+def _energy(field: Gradient) -> Map:
+    return np.asarray(field[0] ** 2 + field[1] ** 2, np.float32)
 
 
 def in_cells(image: Map) -> Map:
@@ -136,31 +150,58 @@ def stroke_density(field: Gradient) -> Map:
     The mean horizontal gradient of the weaker of a stroke's two sides, in grey levels per pixel.
     """
     horizontal = field[0]
-    rising = in_cells(cv2.max(horizontal, 0.0))
-    falling = in_cells(cv2.max(-horizontal, 0.0))
+    rising = in_cells(np.maximum(horizontal, np.float32(0)))
+    falling = in_cells(np.maximum(-horizontal, np.float32(0)))
     return np.asarray(cv2.min(rising, falling), np.float32)
 
 
-def familiar(field: Gradient, searched: Gradient) -> NDArray[np.bool_]:
-    """Per cell whether the picture is what it was when the detector last searched there."""
-    common = in_cells(field[0] * searched[0] + field[1] * searched[1])
-    energy = in_cells(
-        cv2.max(field[0] ** 2 + field[1] ** 2, searched[0] ** 2 + searched[1] ** 2)
-    )
-    return np.asarray(common >= FAMILIAR * energy)
+class Searched:
+    """What the detector has been shown of a clip, so that it need not look at the same thing twice.
+
+    For every place the picture that was searched there last, how often it was searched in vain, and
+    how dense the densest texture was that turned out to be no text.
+    """
+
+    def __init__(self, height: int, width: int) -> None:
+        cells = (max(1, height // CELL), max(1, width // CELL))
+        self._picture: Gradient = np.zeros((2, height, width), np.float32)
+        self._vain = np.zeros(cells, np.int32)
+        self._texture: Map = np.zeros(cells, np.float32)
+
+    def remember(self, window: Box, field: Gradient, found: bool) -> None:
+        """The detector was shown a window of a steady gradient, and found text in it or not."""
+        window.within(self._picture)[...] = window.within(field)
+        if found:
+            return
+        density = stroke_density(window.within(field))
+        place = Box(
+            window.left // CELL, window.top // CELL, -(-window.right // CELL),
+            -(-window.bottom // CELL),
+        )  # fmt: skip
+        place.within(self._vain)[...] += 1
+        texture = place.within(self._texture)
+        np.maximum(texture, density.max(initial=0), out=texture)
+
+    def knows(self, field: Gradient, density: Map) -> NDArray[np.bool_]:
+        """Per cell whether searching there (again) is idle."""
+        last = self._picture
+        common = in_cells(field[0] * last[0] + field[1] * last[1])
+        same = common >= FAMILIAR * in_cells(np.maximum(_energy(field), _energy(last)))
+        hopeless = (self._vain >= VAIN) & (density <= DENSER * self._texture)
+        return same | hopeless
 
 
-def candidates(field: Gradient, searched: Gradient, vain) -> list[Box]:
-    """Regions of a steady gradient that may hold text and have not been searched yet.
+def candidates(field: Gradient, searched: Searched) -> list[Box]:
+    """Regions of a steady gradient (2, h, w) that may hold text and have not been searched yet.
 
-    Boxes around connected stretches of dense strokes; (2, h, w) gradients in, pixels out.
+    Boxes, in pixels, around connected stretches of dense strokes.
     """
     height, width = field.shape[1:]
     density = stroke_density(field)
     dense = _standing_out(density)
     if not dense.any():
         return []
-    dense[familiar(field, searched)|vain] = 0
+    dense[searched.knows(field, density)] = 0
     _, _, stats, _ = cv2.connectedComponentsWithStats(dense)
     across, down = width / density.shape[1], height / density.shape[0]
     return [

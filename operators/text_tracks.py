@@ -14,63 +14,85 @@ from numpy.typing import NDArray
 from winnow.operators.text_gate import Box, Gradient
 
 PRESENT = 0.6
-"""Least share of the known strokes that must be there for text to count as present."""
+"""Least likeness to the known strokes at which text counts as present."""
 GAP = 1
-"""Sampled frames that a track may miss (a flash, a passing object) without ending."""
+"""Sampled frames that text may miss (a flash, a passing object) without having been away."""
+CORNER = 0.15
+"""Distance from two edges of the frame, as a share of its sides, within which a corner box begins."""
+CORNER_WIDTH = 0.45
+"""Greatest width of a corner box as a share of the frame's; a wider one is a line of text."""
+CAPTION_TOP = 0.7
+"""Share of the frame's height below which captions and lower thirds lie."""
 
 
 def presence(strokes: Gradient, seen: Gradient) -> float:
-    """How much of the known strokes a gradient contains: 1 all of it, about 0 another picture.
+    """How much a gradient runs along known strokes: 1 the same strokes, about 0 another picture.
 
-    The projection on the strokes; what the scene adds between them does not count.
+    The cosine between the two where the strokes are; what the scene adds between them does not
+    count, nor does the contrast, which changes with what lies behind the text.
     """
-    energy = float(np.vdot(strokes, strokes))
-    return float(np.vdot(strokes, seen)) / energy if energy > 0 else 0.0
-
-
-def likeness(one: Gradient, other: Gradient) -> float:
-    """How alike two gradients are: 1 equal; anything new in either of them lowers it."""
-    energy = max(float(np.vdot(one, one)), float(np.vdot(other, other)))
-    return float(np.vdot(one, other)) / energy if energy > 0 else 0.0
+    behind = np.where(strokes != 0, seen, np.float32(0))
+    scale = float(np.sqrt(np.vdot(strokes, strokes) * np.vdot(behind, behind)))
+    return float(np.vdot(strokes, behind)) / scale if scale > 0 else 0.0
 
 
 @dataclass(slots=True)
 class Track:
-    """One text box at one place, from sampled frame `first` to sampled frame `last`."""
+    """One text box at one place in a frame of `width` by `height` pixels."""
 
     box: Box
+    width: int
+    height: int
     strokes: Gradient
-    first: int
-    last: int
-    score: float
+    """The gradient under the box when the text was found."""
+    numbers: list[int]
+    """The sampled frames in which the text is there, in order."""
     stillness: list[float] = field(default_factory=list)
-    """How still the rest of the picture was, for every step of this track."""
+    """How still the rest of the picture was when the text was there, from where it was found."""
+
+    def follow(self, number: int, seen: Gradient) -> None:
+        """Look for the text in the gradient of sampled frame `number`."""
+        if presence(self.strokes, self.box.within(seen)) >= PRESENT:
+            self.numbers.append(number)
 
     @property
-    def samples(self) -> int:
-        return self.last - self.first + 1
+    def longest(self) -> int:
+        """Most sampled frames in a row with the text in them, short gaps bridged."""
+        best = run = 1
+        for before, number in zip(self.numbers, self.numbers[1:], strict=False):
+            gap = number - before
+            run = run + gap if gap <= 1 + GAP else 1
+            best = max(best, run)
+        return best
 
-    def follow(self, number: int, seen: Gradient, stillness: float) -> bool:
-        """Look for the text in sampled frame `number`; False when the track has ended."""
-        if presence(self.strokes, self.box.within(seen)) >= PRESENT:
-            self.last = number
-            self.stillness.append(stillness)
-        return number - self.last <= GAP
+    @property
+    def in_corner(self) -> bool:
+        """Whether the box lies where watermarks lie: small, near two edges of the frame."""
+        left, top, right, bottom = self._shares()
+        beside = min(left, 1 - right) <= CORNER and right - left <= CORNER_WIDTH
+        return beside and min(top, 1 - bottom) <= CORNER
 
+    @property
+    def in_caption_place(self) -> bool:
+        """Whether the box lies where captions and lower thirds lie: low in the frame."""
+        _, top, _, bottom = self._shares()
+        return (top + bottom) / 2 >= CAPTION_TOP
 
-@dataclass(slots=True)
-class Region:
-    """A candidate region that the detector has seen, so that it need not see it again."""
+    def is_overlay(self, still: float) -> bool:
+        """Whether the text lies on the picture and not in the scene.
 
-    box: Box
-    strokes: Gradient
-    first: int
-    looks: int = 1
+        Text that stays while the scene moves does. In a still picture (stillness from `still` on)
+        only its place can tell.
+        """
+        moves = not self.stillness or float(np.mean(self.stillness)) < still
+        return moves or self.in_corner or self.in_caption_place
 
-    def same(self, box: Box, seen: Gradient) -> bool:
-        """Whether a candidate of a later frame is this region with the same picture in it."""
-        covered = self.box.intersection(box).area >= 0.7 * box.area
-        return covered and likeness(self.strokes, self.box.within(seen)) >= PRESENT
+    def _shares(self) -> tuple[float, float, float, float]:
+        box = self.box
+        return (
+            box.left / self.width, box.top / self.height,
+            box.right / self.width, box.bottom / self.height,
+        )  # fmt: skip
 
 
 def union_share(boxes: list[Box], width: int, height: int) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from winnow.operators.errors import MeasureError
+from winnow.operators.frames import shrink
 from winnow.operators.operator import (
     ClipView,
     Column,
@@ -71,12 +72,11 @@ class _ThumbnailMeasurement(Measurement):
         widest = WIDEST_ASPECT * self._height
         if width > widest:
             height = max(1, round(height * widest / width))
-            image = cv2.resize(image, (widest, height), interpolation=cv2.INTER_AREA)
+            image = shrink(image, (widest, height))
         # Frames of one clip that differ in height cannot stand side by side; black fills the rest.
         missing = max(0, self._height - height)
-        return cv2.copyMakeBorder(
-            image, missing // 2, missing - missing // 2, 0, 0, cv2.BORDER_CONSTANT
-        )[: self._height]
+        above = missing // 2
+        return np.pad(image, ((above, missing - above), (0, 0), (0, 0)))[: self._height]
 
     def columns(self) -> dict[str, Any]:
         if not self._images:

@@ -8,15 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from winnow.operators.change import STRIDE, WINDOW
 from winnow.operators.errors import ModelUnavailable
-
-if TYPE_CHECKING:
-    pass
 
 _JUDGED = slice((WINDOW - STRIDE) // 2, (WINDOW + STRIDE) // 2)
 
@@ -26,9 +23,9 @@ def transition_probabilities(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Judge the middle 50 frames of a window of 100: (100, 27, 48, 3) uint8 RGB.
 
-    Returns two (50,) arrays of probabilities: that the frame is the centre of a transition (for a hard
-    cut: the last frame before it), and that the frame belongs to one. `device` is auto, cpu or cuda.
-    Raises ModelUnavailable.
+    Returns two (50,) arrays of probabilities: that the frame is the centre of a transition (for a
+    hard cut: the last frame before it), and that the frame belongs to one. `device` is auto, cpu or
+    cuda. Raises ModelUnavailable.
     """
     network = _network(device)  # imports torch
     import torch
@@ -54,7 +51,7 @@ def _network(device: str) -> Any:
 
     class Quiet(TransNetV2):  # type: ignore[misc, unused-ignore]
         def _setup_deterministic_behavior(self) -> None:
-            """The package would seed every random generator of the process: inference needs none."""
+            """The package would seed every random generator of the process."""
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -67,6 +67,8 @@ def predicate_columns(predicate: str, where: str) -> set[str]:
     Raises ConfigError where the text is not one expression, or holds a subquery: a predicate sees
     one clip and nothing else.
     """
+    if not predicate.strip():
+        raise ConfigError(f"{where}: the predicate is empty")
     with duckdb.connect() as connection:
         row = connection.execute(
             "SELECT json_serialize_sql('SELECT (' || ? || chr(10) || ')')", [predicate]
@@ -124,7 +126,7 @@ class Evaluator:
         where = f"policy {self.policy.name}, rule {rule.name}"
         known = {name.lower() for name in self._schema.names}
         reads: set[str] = set()
-        for predicate in filter(None, (rule.reject, rule.when)):
+        for predicate in (p for p in (rule.reject, rule.when) if p is not None):
             reads |= predicate_columns(predicate, where)
         for column in sorted(reads - known):
             near = get_close_matches(column, known, n=1)
@@ -136,6 +138,11 @@ class Evaluator:
         empty = self._schema.empty_table()
         self._connection.register("clips", empty)
         try:
+            for predicate in (p for p in (rule.reject, rule.when) if p is not None):
+                described = f"DESCRIBE SELECT ({predicate}\n) FROM clips"
+                kind = self._connection.execute(described).fetchall()[0][1]
+                if kind != "BOOLEAN":
+                    raise ConfigError(f"{where}: {predicate!r} is {kind}, not true or false")
             self._connection.execute(f"SELECT {_judgement(rule)} FROM clips")
         except duckdb.Error as error:
             raise ConfigError(f"{where}: {error}") from error

@@ -13,6 +13,7 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,30 @@ def write_report(
 
 def render(facts: Facts, rules: Sequence[RuleShown], title: str) -> str:
     """The page as text."""
+    script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    config = facts.runs[0].config if facts.runs else None
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            facts=facts,
+            title=title,
+            rules=rules,
+            run=facts.runs[0] if facts.runs else None,
+            config=_short_json(config),
+            # Only the script with this hash may run, whatever a prompt manages to look like.
+            script=Markup(script),
+            script_hash=f"sha256-{digest}",
+            style=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
+            geometry=report_charts,
+            winnow_version=_version(),
+        )
+    )
+
+
+@cache
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -79,22 +104,7 @@ def render(facts: Facts, rules: Sequence[RuleShown], title: str) -> str:
         value=_value,
         picture=_picture,
     )
-    script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    config = facts.runs[0].config if facts.runs else None
-    return environment.get_template("report.html").render(
-        facts=facts,
-        title=title,
-        rules=rules,
-        run=facts.runs[0] if facts.runs else None,
-        config=_short_json(config),
-        # Only the script with this hash may run, whatever a prompt manages to look like.
-        script=Markup(script),
-        script_hash=f"sha256-{digest}",
-        style=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
-        geometry=report_charts,
-        winnow_version=_version(),
-    )
+    return environment
 
 
 def _replace(out: Path, page: str) -> None:
@@ -166,7 +176,8 @@ def _size(size: float | None) -> str:
 
 
 def _rate(amount: float | None, seconds: float | None) -> str:
-    if not amount or not seconds:
+    # A rate over a few milliseconds is noise.
+    if not amount or not seconds or seconds < 0.01:
         return "–"
     return number_text(amount / seconds)
 

@@ -35,7 +35,8 @@ class Comparison(NamedTuple):
     def words(self) -> str:
         """What is rejected, as in `≥ 0.5`."""
         signs = {"below": "<≤", "above": ">≥"}[self.side]
-        return f"{signs[self.inclusive]} {number_text(self.threshold)}"
+        # As written in the policy, not rounded: 60.05 is not 60.
+        return f"{signs[self.inclusive]} {self.threshold:,g}".replace("-", "−")
 
 
 _TOKEN = re.compile(
@@ -58,19 +59,15 @@ def comparisons(predicate: str) -> tuple[Comparison, ...]:
     """Every comparison of a column with a number in an AND/OR predicate, in order.
 
     Understood: `column < 1`, `1 < column`, `table.column >= -2e-3`, `column BETWEEN 1 AND 2`,
-    `column NOT BETWEEN 1 AND 2`, joined by AND and OR with parentheses. A comparison inside arithmetic, a function call or a
-    NOT is left out: a line drawn for it would be wrong.
+    `column NOT BETWEEN 1 AND 2`, joined by AND and OR with parentheses. A comparison inside
+    arithmetic, a function call or a NOT is left out: a line drawn for it would be wrong.
     """
     return tuple(_walk(_tokens(predicate)))
 
 
-def simple_threshold(predicate: str) -> tuple[str, float, Side] | None:
-    """(column, threshold, rejected side) of a predicate that is one comparison and nothing else."""
-    tokens = [token for token in _tokens(predicate) if token[1] not in "()"]
-    found = comparisons(predicate)
-    if len(found) != 1 or any(text.lower() in ("and", "or", "between") for _, text in tokens):
-        return None
-    return found[0].column, found[0].threshold, found[0].side
+def simple_threshold(predicate: str) -> list[tuple[str, float, Side]]:
+    """`comparisons` as plain (column, threshold, rejected side); empty where nothing can be drawn."""
+    return [(c.column, c.threshold, c.side) for c in comparisons(predicate)]
 
 
 def _tokens(predicate: str) -> list[tuple[str, str]]:
@@ -231,7 +228,8 @@ def binning(spread: Spread, marks: Sequence[Comparison]) -> Binning:
     if spread.whole and high - low <= BINS:
         near = [m.threshold for m in marks if low - 3 <= m.threshold <= high + 3]
         first = math.floor(min([low, *near]))
-        last = math.ceil(max([high, *near]))
+        # Never one bar as wide as the chart.
+        last = max(math.ceil(max([high, *near])), first + 3)
         return Binning(origin=-0.5, step=1.0, first=first, last=last, whole=True)
     log = spread.minimum > 0 and low > 0 and high / low > _LOG_SPAN
     inside = [m for m in marks if not log or m.threshold > 0]
@@ -266,7 +264,9 @@ def _nice(step: float, *, whole: bool = False) -> float:
     """The next of 1, 2, 2.5, 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(step))
     factors = (1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)
-    nice = next((factor * power for factor in factors if factor * power >= step * 0.999), 10 * power)
+    nice = next(
+        (factor * power for factor in factors if factor * power >= step * 0.999), 10 * power
+    )
     return max(nice, 1.0) if whole else nice
 
 
@@ -371,7 +371,8 @@ def chart(
         ticks=[(_x(bins, t), number_text(t)) for t in ticks(bins)],
         cut=cut,
         hover=[
-            (_range_text(bins, k), dict(counts.get(k, {}))) for k in range(bins.first, bins.last + 1)
+            (_range_text(bins, k), dict(counts.get(k, {})))
+            for k in range(bins.first, bins.last + 1)
         ],
         log=bins.log,
     )

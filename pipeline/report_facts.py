@@ -46,9 +46,9 @@ class RuleShown:
     """A rule of the policy as the report shows it.
 
     `predicate` is the SQL that rejects. `column`, `threshold` and `side` (where the rejected values
-    lie) are given for a rule that is one comparison; for others the report reads the comparisons
-    out of the predicate. `stage` names the filter stage in the funnel; without it the rules are
-    grouped by the operator whose columns they read.
+    lie) may be given for one threshold; the report reads all others out of the predicate. A rule
+    may come several times, once for each threshold. `stage` names the filter stage in the funnel;
+    without it the rules are grouped by the operator whose columns they read.
     """
 
     name: str
@@ -122,6 +122,8 @@ class ReasonCount:
     share: float
     only: int
     """Rejected clips that have this reason and no other."""
+    unjudged: int
+    """Clips with the verdict error that this rule could not judge."""
     bar: float
     verdict: str
     """The verdict that most of these clips have."""
@@ -201,6 +203,8 @@ class ErrorGroup:
 @dataclass(frozen=True, slots=True)
 class StageSpeed:
     stage: str
+    part: bool
+    """True for a part of the stage before it."""
     seconds: float
     share: float
     records: int | None
@@ -294,7 +298,7 @@ def gather(
         partitions, partitions_left = lake.partitions()
         return Facts(
             runs=runs,
-            policies=[r[0] for r in lake.rows("SELECT DISTINCT policy FROM verdicts ORDER BY 1")],
+            policies=lake.policies(),
             books=lake.books(runs),
             verdicts=verdicts,
             seconds=seconds,
@@ -322,7 +326,6 @@ class _Lake:
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, rules: tuple[RuleShown, ...]) -> None:
         self._connection = connection
-        self._rules = rules
         self._values: dict[str, dict[str, Any]] = {}
         self._columns = {view: self._describe(view) for view in VIEWS}
         self._operators = sorted(
@@ -333,14 +336,19 @@ class _Lake:
         self._docs = self._column_docs()
         self._marks: dict[str, list[Comparison]] = defaultdict(list)
         self._rules_of_column: dict[str, list[str]] = defaultdict(list)
+        written = {name.lower(): name for name in self._columns["clips"]}
         for rule in rules:
-            for mark in rule.comparisons():
-                self._marks[mark.column].append(mark)
+            for told in rule.comparisons():
+                mark = told._replace(column=written.get(told.column.lower(), told.column))
+                if mark not in self._marks[mark.column]:
+                    self._marks[mark.column].append(mark)
                 if rule.name not in self._rules_of_column[mark.column]:
                     self._rules_of_column[mark.column].append(rule.name)
+        # A rule that came once for each of its thresholds is still one rule.
+        self._rules = tuple({rule.name: rule for rule in reversed(rules)}.values())[::-1]
         # A verdict may carry the name of a rule or its reason.
         self._rules_of_reason: dict[str, list[RuleShown]] = defaultdict(list)
-        for rule in rules:
+        for rule in self._rules:
             self._rules_of_reason[rule.name].append(rule)
             if rule.reason != rule.name:
                 self._rules_of_reason[rule.reason].append(rule)
@@ -449,14 +457,22 @@ class _Lake:
 
     def books(self, runs: Sequence[Run]) -> Books:
         statuses = dict(self.rows("SELECT status, count(*) FROM sources GROUP BY 1"))
-        verdicts = dict(self.rows("SELECT verdict, count(*) FROM verdicts GROUP BY 1"))
+        verdicts, _ = self.verdicts()
         sources = sum(statuses.values())
         faults = []
         clips = self.number("SELECT count(*) FROM clips")
         for fault, sql in (
             (
                 "{} clips have no verdict",
-                "SELECT count(*) FROM clips ANTI JOIN verdicts USING (clip_id)",
+                f"SELECT count(*) FROM {_WORK} WHERE verdict_shown = 'undecided'",
+            ),
+            (
+                "{} clips are missing among the decided ones",
+                f"SELECT count(*) FROM clips ANTI JOIN {_WORK} USING (clip_id)",
+            ),
+            (
+                "{} clips were decided twice",
+                f"SELECT count(*) - count(DISTINCT clip_id) FROM {_WORK}",
             ),
             (
                 "{} verdicts belong to no clip",
@@ -494,6 +510,12 @@ class _Lake:
             ),
             faults=faults,
         )
+
+    def policies(self) -> list[str]:
+        found = self.rows(
+            f"SELECT DISTINCT policy FROM {_WORK} WHERE policy IS NOT NULL ORDER BY 1 LIMIT 20"
+        )
+        return [str(row[0]) for row in found]
 
     def verdicts(self) -> tuple[dict[str, int], dict[str, float]]:
         found = self.rows(
@@ -556,9 +578,7 @@ class _Lake:
         for label, count, seconds, why in lost:
             before = _share(left, total)
             left, left_seconds = left - count, (left_seconds or 0.0) - seconds
-            steps.append(
-                Step(label, "clip", left, left_seconds, _share(left, total), before, why)
-            )
+            steps.append(Step(label, "clip", left, left_seconds, _share(left, total), before, why))
         kept = steps[-1]
         steps.append(Step("kept", "clip", kept.count, kept.seconds, kept.share, kept.share))
         return steps
@@ -619,16 +639,20 @@ class _Lake:
             _, count, seconds, reasons, clips = by_step[index]
             why = [f"{n:,} {reason}" for reason, n in zip(reasons, clips, strict=True)]
             more = f" · {len(why) - 4} more reasons" if len(why) > 4 else ""
-            steps.append(
-                (f"passed {name}", count, float(seconds or 0), " · ".join(why[:4]) + more)
-            )
+            steps.append((f"passed {name}", count, float(seconds or 0), " · ".join(why[:4]) + more))
         return steps
 
     def reasons(self) -> list[ReasonCount]:
+        """Every reason of the verdicts and every rule, the most frequent first.
+
+        A clip with the verdict `error` names the rules that could not judge it: counted apart.
+        """
         found = self.rows(
             f"""
-            SELECT reason, count(*), count(*) FILTER (alone AND verdict_shown = 'reject'),
-                mode(verdict_shown ORDER BY verdict_shown)
+            SELECT reason, count(*) FILTER (verdict_shown <> 'error'),
+                count(*) FILTER (alone AND verdict_shown = 'reject'),
+                count(*) FILTER (verdict_shown = 'error'),
+                mode(verdict_shown ORDER BY verdict_shown) FILTER (verdict_shown <> 'error')
             FROM (
                 SELECT DISTINCT clip_id, verdict_shown, len(list_distinct(reasons)) = 1 AS alone,
                     unnest(reasons) AS reason
@@ -645,18 +669,19 @@ class _Lake:
                 clips=clips,
                 share=_share(clips, total),
                 only=only,
+                unjudged=unjudged,
                 bar=_share(clips, most),
-                verdict=verdict,
+                verdict=verdict or "error",
             )
-            for reason, clips, only, verdict in found
+            for reason, clips, only, unjudged, verdict in found
         ]
         met = {rule.name for row in counted for rule in row.rules}
         counted += [
-            ReasonCount(rule.reason, [rule], 0, 0.0, 0, 0.0, "reject")
+            ReasonCount(rule.name, [rule], 0, 0.0, 0, 0, 0.0, "reject")
             for rule in self._rules
             if rule.name not in met
         ]
-        return sorted(counted, key=lambda row: (-row.clips, row.reason))[:200]
+        return sorted(counted, key=lambda row: (-row.clips, -row.unjudged, row.reason))[:200]
 
     # Scores ---------------------------------------------------------------------------------------
 
@@ -717,9 +742,7 @@ class _Lake:
         return judged, other, silent
 
     def _spreads(self) -> dict[str, tuple[int, int, Spread, float | None]]:
-        names = [
-            n for n in self.score_columns() if self._columns["clips_decided"][n] != "BOOLEAN"
-        ]
+        names = [n for n in self.score_columns() if self._columns["clips_decided"][n] != "BOOLEAN"]
         if not names:
             return {}
         parts = []
@@ -735,7 +758,7 @@ class _Lake:
                 f"bool_and({column} = floor({column})) {only}",
             ]
         row = self.rows(f"SELECT {', '.join(parts)} FROM {_WORK}")[0]
-        spreads = {}
+        spreads: dict[str, tuple[int, int, Spread, float | None]] = {}
         for index, name in enumerate(names):
             finite, missing, quantiles, low, high, whole = row[index * 6 : index * 6 + 6]
             if not finite:
@@ -827,9 +850,7 @@ class _Lake:
             for verdict, sql, _ in chosen
         }
         cards = self._cards([clip_id for taken in ids.values() for clip_id in taken])
-        originals = self._cards(
-            sorted({c.duplicate_of for c in cards.values() if c.duplicate_of})
-        )
+        originals = self._cards(sorted({c.duplicate_of for c in cards.values() if c.duplicate_of}))
         for card in cards.values():
             if card.verdict == "duplicate" and card.duplicate_of:
                 card.original = originals.get(card.duplicate_of)
@@ -871,7 +892,9 @@ class _Lake:
                 start_s=start,
                 end_s=end,
                 reasons=[_short(r, 300) for r in reasons[:20]],
-                meanings={rule.name: rule.reason for rule in self._rules if rule.name != rule.reason},
+                meanings={
+                    rule.name: rule.reason for rule in self._rules if rule.name != rule.reason
+                },
                 scores=self._shown_scores(values, reasons),
                 thumbnail=pictures.get(clip_id),
                 similarity=alike,
@@ -880,9 +903,7 @@ class _Lake:
             self._values[clip_id] = values
         return cards
 
-    def _shown_scores(
-        self, values: Mapping[str, Any], reasons: Sequence[str]
-    ) -> list[ShownScore]:
+    def _shown_scores(self, values: Mapping[str, Any], reasons: Sequence[str]) -> list[ShownScore]:
         """The scores that rules look at, those that failed first."""
         blamed = [
             mark
@@ -893,12 +914,14 @@ class _Lake:
         shown: dict[str, ShownScore] = {}
         for mark in blamed:
             value = values.get(mark.column)
-            if value is not None and mark.column not in shown and _beyond(value, mark):
-                shown[mark.column] = ShownScore(mark.column, value, True, mark.words)
+            if mark.column not in values or (mark.column in shown and shown[mark.column].fails):
+                continue
+            fails = value is not None and _beyond(value, mark)
+            shown[mark.column] = ShownScore(mark.column, value, fails, mark.words if fails else "")
         for name in self._marks:
             if name in values and name not in shown:
                 shown[name] = ShownScore(name, values[name], False)
-        return list(shown.values())
+        return sorted(shown.values(), key=lambda score: not score.fails)
 
     def _thumbnails(self, clip_ids: Sequence[str]) -> dict[str, bytes]:
         if "thumbnail_jpeg" not in self._columns["clips"]:
@@ -981,7 +1004,9 @@ class _Lake:
             if {"frames", "fps"} <= set(self._columns["dataset"])
             else "NULL"
         )
-        names = ", ".join(f"{self._column('dataset', k)}::VARCHAR AS k{i}" for i, k in enumerate(keys))
+        names = ", ".join(
+            f"{self._column('dataset', k)}::VARCHAR AS k{i}" for i, k in enumerate(keys)
+        )
         found = self.rows(
             f"SELECT {names}, count(*), {length}, sum({self._column('dataset', 'bytes')}) "
             "FROM dataset GROUP BY 1, 2, 3, 4 ORDER BY 5 DESC, 1, 2, 3, 4"
@@ -1007,10 +1032,13 @@ class _Lake:
         ]
 
     def operator_errors(self) -> list[ErrorGroup]:
+        """Errors by operator, and the failures of stages where the lake keeps them."""
         groups = []
-        for operator in sorted(self._operators):
-            column = quoted(f"{operator}_error")
-            if self._columns["clips_decided"].get(f"{operator}_error") != "VARCHAR":
+        columns = {operator: f"{operator}_error" for operator in sorted(self._operators)}
+        columns["a stage"] = "failure"
+        for operator, name in columns.items():
+            column = quoted(name)
+            if self._columns["clips_decided"].get(name) != "VARCHAR":
                 continue
             found = self.rows(
                 f"SELECT {column}, count(*), min(uri) FROM {_WORK} WHERE {column} IS NOT NULL "
@@ -1071,20 +1099,34 @@ def _flat(versions: Any, before: str = "") -> list[tuple[str, str]]:
 
 
 def _stage_speeds(stages: Any) -> list[StageSpeed]:
+    """Stages in order, each followed by its parts (`cheap/motion` is a part of `cheap`)."""
     if not isinstance(stages, list):
         return []
-    told = [stage for stage in stages if isinstance(stage, Mapping)]
-    total = sum(float(stage.get("seconds") or 0) for stage in told)
+    told = [stage for stage in stages if isinstance(stage, Mapping)][:200]
+    names = [str(stage.get("stage") or "?") for stage in told]
+    parents = [name.rsplit("/", 1)[0] if "/" in name else "" for name in names]
+    parents = [parent if parent in names else "" for parent in parents]
+    # The time of a part is inside the time of its stage.
+    total = sum(
+        float(stage.get("seconds") or 0)
+        for stage, parent in zip(told, parents, strict=True)
+        if not parent
+    )
+    order = sorted(
+        range(len(told)),
+        key=lambda i: (names.index(parents[i] or names[i]), bool(parents[i]), i),
+    )
     return [
         StageSpeed(
-            stage=str(stage.get("stage") or "?"),
-            seconds=float(stage.get("seconds") or 0),
-            share=_share(float(stage.get("seconds") or 0), total),
-            records=stage.get("records"),
-            clips=stage.get("clips"),
-            frames=stage.get("frames"),
+            stage=names[i].removeprefix(f"{parents[i]}/") if parents[i] else names[i],
+            part=bool(parents[i]),
+            seconds=float(told[i].get("seconds") or 0),
+            share=_share(float(told[i].get("seconds") or 0), total),
+            records=told[i].get("records"),
+            clips=told[i].get("clips"),
+            frames=told[i].get("frames"),
         )
-        for stage in told[:100]
+        for i in order
     ]
 
 

@@ -216,7 +216,7 @@ def _defects() -> list[_Recipe]:
         )
 
     def soft(frames: Iterator[Image]) -> Iterable[Image]:
-        return (cv2.GaussianBlur(image, (0, 0), 6) for image in frames)
+        return (cv2.GaussianBlur(image, (0, 0), 3) for image in frames)
 
     return [
         _take("hard_cut.mp4", "hard cut", "reject:cut_inside", "another scene from frame 36 on",
@@ -237,8 +237,8 @@ def _defects() -> list[_Recipe]:
               "most of the frame clipped to white", Shot(23), light(0.9, 165)),
         _take("fog.mp4", "no contrast", "reject:low_contrast", "contrast cut to 6 %",
               Shot(24), light(0.06, 124)),
-        _take("blurred.mp4", "blurred", "reject:blurred", "Gaussian blur, sigma 6 pixels",
-              Shot(25), soft),
+        _take("blurred.mp4", "blurred", "reject:blurred", "Gaussian blur, sigma 3 pixels",
+              Shot(25), soft, Coding(quality=16)),
         _take("subtitle.mp4", "burned-in text", "reject:overlay_text",
               "a subtitle on frames 10-79", Shot(26, seconds=3.5),
               written("The boat leaves at seven", 10, 80, place="bottom", height_share=0.07)),
@@ -375,7 +375,7 @@ def _broken() -> list[_Recipe]:
     return [
         one("truncated.mp4", "truncated", "truncated", "index at the front, 60 % of the bytes",
             cut_off("truncated.mp4", Shot(34), H264)),
-        one("truncated_no_index.mp4", "truncated, no index", "not_video",
+        one("truncated_no_index.mp4", "truncated, no index", "truncated",
             "the index was at the end, 60 % of the bytes",
             cut_off("truncated_no_index.mp4", Shot(35), Coding(index_first=False))),
         one("scrambled.mp4", "scrambled", "corrupt", "a good index, noise for media", scrambled),

@@ -78,8 +78,8 @@ def resolve(
 class ExactIndex:
     """Kept clips in memory, searched exactly. The reference, and what `refilter` replays with."""
 
-    def __init__(self, dimensions: int = 0) -> None:
-        self._vectors = np.zeros((0, dimensions), np.float32)
+    def __init__(self) -> None:
+        self._vectors = np.zeros((0, 0), np.float32)
         self._entries: list[Entry | None] = []
         self._rows: dict[str, int] = {}
 
@@ -98,7 +98,7 @@ class ExactIndex:
         row = len(self._entries)
         if row >= len(self._vectors):
             grown = np.zeros((max(256, 2 * row), len(entry.vector)), np.float32)
-            grown[:row] = self._vectors[:row]
+            grown[:row] = self._vectors[:row] if row else 0
             self._vectors = grown
         self._vectors[row] = entry.vector
         self._entries.append(entry)

@@ -6,7 +6,6 @@ import json
 import random
 
 import pytest
-
 from winnow.operators.errors import StorageError
 from winnow.stages.sidecars import MULTIVIEW, PREDICT, SIDECAR_LIMIT, TRANSFER, read_sidecar
 
@@ -275,7 +274,7 @@ LAUGHS = "model:\n a0: &a0 [x, x]\n" + "".join(
 
 @pytest.mark.parametrize(
     "text",
-    ["model: [unclosed", "[" * 50_000, LAUGHS, "model: &m {x: {y: *m}}\n", "\x00", "model: {a: 1",
+    ["model: [unclosed", "{a: " * 50_000, LAUGHS, "model: &m {x: {y: *m}}\n", "\x00", "model: {a: 1",
      "job: {x: 99999999999999999999999999, y: .nan, z: 1_0, t: 2026-01-01, 1: 2, [a]: b}"],
 )  # fmt: skip
 def test_a_hostile_config_yaml_does_no_harm(text):
