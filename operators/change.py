@@ -55,7 +55,8 @@ class Change:
             )
 
     def _difference(self, first: slice, second: slice) -> NDArray[np.float64]:
-        return np.abs(self._pixels[first] - self._pixels[second]).mean(axis=1, dtype=np.float64)
+        gap = np.abs(self._pixels[first] - self._pixels[second])
+        return np.asarray(gap.mean(axis=1), np.float64)
 
     def _similarity(self, first: slice, second: slice) -> NDArray[np.float64]:
         # The last term keeps flat pictures, whose structure is only noise, from comparing.
@@ -72,13 +73,9 @@ class Change:
         next_to = np.ones(len(self.step))
         next_to[1:] = self._similarity(slice(0, -1), slice(1, None))
         found[CONTEXT : len(found) - CONTEXT + 1] = True
-        return (
-            found
-            & (self.step > _LEAST_CHANGE)
-            & (self.step > _SPIKE * rival)
-            & (next_to < _SAME_STRUCTURE)
-            & (self.across < _SAME_STRUCTURE)
-        )
+        found &= self.step > np.maximum(_LEAST_CHANGE, _SPIKE * rival)
+        found &= (next_to < _SAME_STRUCTURE) & (self.across < _SAME_STRUCTURE)
+        return found
 
     def dissolves(self) -> NDArray[np.bool_]:
         """(n,) True where frame n may lie in the middle of a dissolve or fade."""

@@ -109,7 +109,7 @@ def shrink(image: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
     """An image area-averaged to `size` (width, height), which is no larger than the image.
 
     Halved while that does not undershoot, then scaled for the rest: OpenCV halves some thirty times
-    faster than it scales by an odd factor, and the result differs by less than a grey level. An odd
+    faster than it scales by an odd factor, and photographs differ by less than a grey level. An odd
     last row or column is dropped when halving.
     """
     height, width = image.shape[:2]
@@ -167,10 +167,11 @@ def open_video(
     Raises MediaError (not_video, no_video, unreadable, vanished).
     """
     container = open_container(path)
-    if not container.streams.video:
+    try:
+        stream = video_stream(container)
+    except MediaError:
         container.close()
-        raise MediaError("no_video", "the file has no video stream")
-    stream = container.streams.video[0]
+        raise
     stream.thread_type = "AUTO"
     stream.codec_context.thread_count = threads
     options: dict[str, str] = {}
@@ -182,10 +183,19 @@ def open_video(
     return container, stream
 
 
+def video_stream(container: av.container.InputContainer) -> av.VideoStream:
+    """The first video stream that is not a cover picture. Raises MediaError (no_video)."""
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            return stream
+    raise MediaError("no_video", "the file has no video stream")
+
+
 def open_container(path: Path) -> av.container.InputContainer:
     """Open a local file, with FFmpeg's errors turned into MediaError."""
     try:
-        return av.open(str(path), options=OPEN_OPTIONS, metadata_errors="replace")
+        # The prefix keeps FFmpeg from reading a protocol into a name such as "data:x.mp4".
+        return av.open(f"file:{path}", options=OPEN_OPTIONS, metadata_errors="replace")
     except FileNotFoundError as error:
         raise MediaError("vanished", f"the file is no longer there: {path.name}") from error
     except PermissionError as error:

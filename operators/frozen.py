@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from winnow.operators.errors import MeasureError
 from winnow.operators.operator import ClipView, Column, FrameChunk, Measurement, Needs, Operator
 
+KEY_PICTURE = 1  # AV_PICTURE_TYPE_I
+
 
 def largest_tile_difference(a: NDArray[np.uint8], b: NDArray[np.uint8], tile: int) -> float:
     """Mean absolute difference in the tile (any position) where two images differ most, 0..255.
@@ -36,10 +38,11 @@ class Frozen(Operator):
     """Duplicated frames and freezes.
 
     A frame duplicates the one before when no tile of the small luma differs by more than
-    `tolerance`. A freeze is a run of such frames that also all look like the frame it began with,
-    so that slow drift does not add up to a freeze. Its length is the time from its first frame to
-    its last: 0 in a clip that moves. Content of a low frame rate padded by repeating frames has
-    many duplicates and no freeze. Raises MeasureError for a clip of one frame.
+    `tolerance`, or by `key_tolerance` at a key frame, where the codec codes a still picture anew.
+    A freeze is a run of such frames that also all look like the frame it began with, so that slow
+    drift does not add up to a freeze. Its length is the time from its first frame to its last: 0 in
+    a clip that moves. Content of a low frame rate padded by repeating frames has many duplicates
+    and no freeze. Raises MeasureError for a clip of one frame.
     """
 
     name: ClassVar[str] = "frozen"
@@ -89,6 +92,8 @@ class Frozen(Operator):
 
     tolerance: float = 1.5
     """Mean absolute difference within a tile that coding noise may cause, in grey levels of 255."""
+    key_tolerance: float = 8.0
+    """The same at a single key frame; between stills that are not the same it is far more."""
     tile: int = 8
     """Side of a tile, in pixels of the small luma (long side 160)."""
     shortest_s: float = 0.25
@@ -111,8 +116,11 @@ class _FrozenMeasurement(Measurement):
         self._longest_s = 0.0
         self._longest_start_s = 0.0
         self._previous: NDArray[np.uint8] | None = None
-        # The run that is going on: its first picture, frame number and time, and its last time.
+        self._previous_is_key = False
+        # The run that is going on: its first picture, frame number and time, and its last time;
+        # the picture as last coded by a key frame, which the frames after it are held against.
         self._first: NDArray[np.uint8] | None = None
+        self._reference: NDArray[np.uint8] | None = None
         self._first_number = 0
         self._first_s = 0.0
         self._last_s = 0.0
@@ -120,29 +128,41 @@ class _FrozenMeasurement(Measurement):
     def update(self, chunk: FrameChunk) -> None:
         if chunk.luma is None or not len(chunk):
             return
-        for seconds, luma in zip(chunk.seconds.tolist(), chunk.luma, strict=True):
-            if not self._continues(luma):
+        for seconds, is_key, luma in zip(
+            chunk.seconds.tolist(),
+            (chunk.pictures == KEY_PICTURE).tolist(),
+            chunk.luma,
+            strict=True,
+        ):
+            # In a stream of key frames only, each is coded like the one before.
+            if not self._continues(luma, is_key and not self._previous_is_key):
                 self._close()
-                self._first = luma
+                self._first = self._reference = luma
                 self._first_number = self._frames
                 self._first_s = seconds
             self._last_s = seconds
             self._previous = luma
+            self._previous_is_key = is_key
             self._frames += 1
         # The chunk's array lives on with a view of it, so keep copies.
         self._previous = chunk.luma[-1].copy()
-        if self._first is not None:
+        if self._first is not None and self._reference is not None:
             self._first = self._first.copy()
+            self._reference = self._reference.copy()
 
-    def _continues(self, luma: NDArray[np.uint8]) -> bool:
-        if self._previous is None or self._first is None:
+    def _continues(self, luma: NDArray[np.uint8], coded_anew: bool) -> bool:
+        if self._previous is None or self._first is None or self._reference is None:
             return False
-        tolerance, tile = self._operator.tolerance, self._operator.tile
-        if largest_tile_difference(luma, self._previous, tile) > tolerance:
+        operator = self._operator
+        tolerance = operator.key_tolerance if coded_anew else operator.tolerance
+        if largest_tile_difference(luma, self._previous, operator.tile) > tolerance:
             return False
         self._duplicates += 1
-        run = self._frames - self._first_number
-        return run == 1 or largest_tile_difference(luma, self._first, tile) <= tolerance
+        held_against = self._first if coded_anew else self._reference
+        same = largest_tile_difference(luma, held_against, operator.tile) <= tolerance
+        if same and coded_anew:
+            self._reference = luma
+        return same
 
     def _close(self) -> None:
         """Count the run that ended with the frame before."""

@@ -24,7 +24,7 @@ import numpy as np
 from av.video.reformatter import ColorTrc
 from numpy.typing import NDArray
 from winnow.operators.errors import MediaError
-from winnow.operators.frames import OPEN_OPTIONS
+from winnow.operators.frames import OPEN_OPTIONS, video_stream
 
 # The audio containers are here so that they are called `no_video` and not `not_video`.
 CONTAINERS = (
@@ -156,7 +156,7 @@ def packet_sizes(path: Path) -> list[int]:
         family = _family(file)
     try:
         with _open(path, family) as container:
-            return [packet.size for packet in container.demux(_video(container)) if packet.size]
+            return [packet.size for packet in container.demux(video_stream(container)) if packet.size]
     except _NONSENSE as error:
         raise MediaError("corrupt", f"reading failed: {_reason(error)}") from error
 
@@ -187,14 +187,6 @@ def _open(path: Path, family: str | None) -> av.container.InputContainer:
         if family is not None:
             raise MediaError("corrupt", f"a damaged {family} file: {_reason(error)}") from error
         raise MediaError("not_video", "not a video in any container that is read here") from error
-
-
-def _video(container: av.container.InputContainer) -> av.VideoStream:
-    """The first video stream that is not a cover picture."""
-    for stream in container.streams.video:
-        if not stream.disposition & av.stream.Disposition.attached_pic:
-            return stream
-    raise MediaError("no_video", "the file has no video stream")
 
 
 # ---------------------------------------------------------------------------------------- packets
@@ -244,7 +236,7 @@ class _Packets:
 
 
 def _probe(container: av.container.InputContainer, family: str | None, most: int) -> MediaInfo:
-    stream = _video(container)
+    stream = video_stream(container)
     codec = stream.codec_context
     if codec is None:
         raise MediaError("corrupt", "no decoder for the video stream")

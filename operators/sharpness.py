@@ -23,7 +23,9 @@ from winnow.operators.operator import (
 
 TILES = 8  # a side
 SMALLEST_TILE = 8  # pixels a side; frames with less are judged as one tile
-NOISE = 16.0  # energy of the coarse Laplacian that rounding and coding noise reach by themselves
+# Energy of the coarse Laplacian that coding noise reaches by itself in a heavily blurred picture:
+# without it, the noise that the blur left alone would read as fine detail.
+NOISE = 64.0
 BLOCK = 8
 
 
@@ -32,7 +34,7 @@ def detail_ratio(luma: NDArray[np.uint8], height: int) -> float:
 
     Energy of the Laplacian at the common `height` over that of the same frame at half the size, in
     the quarter of the tiles with the most coarse detail: a background out of focus is no defect,
-    and low contrast, which scales both energies, is not blur.
+    and contrast, which scales both energies, matters only where noise is as strong.
     """
     rows, columns = luma.shape
     scale = min(1.0, height / rows)
@@ -64,12 +66,12 @@ def blockiness(luma: NDArray[np.uint8]) -> float:
     The stronger of the two axes; 0 where the grid does not show, or the frame is flat.
     """
     shown = [0.0]
+    if min(luma.shape) < 2 * BLOCK:
+        return 0.0
     for step, axis in (
         (cv2.absdiff(luma[:, 1:], luma[:, :-1]), 0),
         (cv2.absdiff(luma[1:], luma[:-1]), 1),
     ):
-        if min(step.shape) < 2 * BLOCK:
-            continue
         lines = cv2.reduce(step, axis, cv2.REDUCE_SUM, dtype=cv2.CV_32S).ravel()
         on_grid = np.arange(len(lines)) % BLOCK == BLOCK - 1
         between = lines[~on_grid].mean()
@@ -94,7 +96,7 @@ class Sharpness(Operator):
             pa.float64(),
             "fine over coarse detail where the frame has most of it, mean over the sampled frames",
             unit="ratio of energies",
-            range="0 flat, 1/16 the floor of smooth pictures, 0.1 blurred, 0.2..0.6 usual, 1 noise",
+            range="0 flat, below 0.13 blurred, 0.2..0.6 usual, 1 noise",
             direction="higher is better",
             source="variance of Laplacian (Pech-Pacheco et al. 2000), as a ratio of two scales",
         ),

@@ -24,6 +24,7 @@ config_app = typer.Typer(help="Look at and check configurations.", no_args_is_he
 app.add_typer(config_app, name="config")
 
 FAILED, USAGE = 1, 2
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 ConfigOption = Annotated[
     str, typer.Option("--config", "-c", help="path of a YAML file, or cpu, gpu, paper")
@@ -282,17 +283,27 @@ def _pairs(settings: list[str] | None) -> dict[str, str]:
 def main() -> None:
     """Entry point: errors become one message and an exit code."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except KeyboardInterrupt:
-        _complain("stopped. What was committed is in the lake; run the same command again to go on")
-        sys.exit(FAILED)
+        code = INTERRUPTED
     except Exception as error:
-        from winnow.operators.errors import ConfigError, LakeError, StorageError, WinnowError
+        code = _explain(error)
+    if code == INTERRUPTED:
+        _complain("stopped. What was committed is in the lake; run the same command again to go on")
+        code = FAILED
+    sys.exit(code or 0)
 
-        if os.environ.get("WINNOW_DEBUG") or not isinstance(error, WinnowError):
-            raise
-        _complain(str(error))
-        sys.exit(USAGE if isinstance(error, ConfigError | StorageError | LakeError) else FAILED)
+
+def _explain(error: Exception) -> int:
+    from winnow.operators.errors import ConfigError, LakeError, StorageError, WinnowError
+
+    if hasattr(error, "show") and hasattr(error, "exit_code"):  # the parser's own usage errors
+        error.show()
+        return int(error.exit_code)
+    if os.environ.get("WINNOW_DEBUG") or not isinstance(error, WinnowError):
+        raise error
+    _complain(str(error))
+    return USAGE if isinstance(error, ConfigError | StorageError | LakeError) else FAILED
 
 
 def _complain(message: str) -> None:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from winnow.pipeline.lake import Lake
-from winnow.pipeline.policy import Policy
-from winnow.pipeline.report import RuleShown, simple_threshold, write_report
+from winnow.pipeline.policy import Policy, Rule
+from winnow.pipeline.report import RuleShown, write_report
 from winnow.pipeline.views import connect
 
 
@@ -19,17 +19,12 @@ def write_lake_report(lake: Lake, out: Path) -> Path:
         text = row[0] if row else None
         policy = Policy.model_validate(json.loads(text)) if text else None
         rules = [
-            shown
+            RuleShown(rule.name, rule.reason, _predicate(rule))
             for rule in (policy.rules if policy else ())
-            for shown in _shown(rule.name, rule.reason, rule.reject)
         ]
-        write_report(connection, rules, out, title=f"Winnow: {lake.uri}")
+        write_report(connection, rules, out, title=lake.uri)
     return out.absolute()
 
 
-def _shown(name: str, reason: str, predicate: str) -> list[RuleShown]:
-    thresholds = simple_threshold(predicate)
-    return [
-        RuleShown(name, reason, predicate, column, threshold, side)
-        for column, threshold, side in thresholds or [(None, None, None)]
-    ]
+def _predicate(rule: Rule) -> str:
+    return f"({rule.when}) AND ({rule.reject})" if rule.when else rule.reject

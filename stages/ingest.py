@@ -39,7 +39,7 @@ class Ingest(Stage):
         with self.files.local(source.key) as path:
             before = path.stat()
             source.source_id = hash_file(path)
-            source.media = probe(path)
+            source.media = probe(path, self.limits)
             after = path.stat()
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             source.postpone("the file changed while it was read")

@@ -27,14 +27,19 @@ WIDTH, HEIGHT = 192, 108
 def scene(seed, frames, speed=1.0):
     """A textured object moving over textured ground: (frames, h, w, 3)."""
     rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (6, 14, 3), dtype=np.uint8)
-    ground = cv2.resize(coarse, (3 * WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+    size = (3 * WIDTH, HEIGHT)
+    coarse = rng.integers(0, 176, (6, 14, 3), dtype=np.uint8)
+    fine = rng.integers(0, 80, (HEIGHT // 6, WIDTH // 2, 3), dtype=np.uint8)
+    ground = cv2.add(
+        cv2.resize(coarse, size, interpolation=cv2.INTER_CUBIC),
+        cv2.resize(fine, size, interpolation=cv2.INTER_LINEAR),
+    )
     thing = cv2.resize(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), (40, 40))
     pictures = []
     for n in range(frames):
         left = round(n * speed) % (2 * WIDTH)
         picture = ground[:, left : left + WIDTH].copy()
-        x = 10 + (3 * n) % (WIDTH - 60)
+        x = 10 + abs((3 * n) % (2 * (WIDTH - 60)) - (WIDTH - 60))
         picture[30:70, x : x + 40] = thing
         pictures.append(picture)
     return np.stack(pictures)
@@ -101,14 +106,12 @@ def test_a_fast_pan_is_not_a_cut(tmp_path):
 
 
 def test_looking_only_where_it_changes_finds_what_looking_everywhere_finds(tmp_path):
-    pictures = np.concatenate(
-        [scene(1, 130), scene(2, 60), dissolve(scene(3, 60), scene(4, 140), 12)]
-    )
+    pictures = np.concatenate([scene(1, 125), dissolve(scene(3, 60), scene(4, 60), 12)])
     path = write(tmp_path / "long.mp4", pictures)
     gated = scan_shots(path, TransNetV2Detector())
     full = scan_shots(path, TransNetV2Detector(everywhere=True))
     assert gated.transitions == full.transitions
-    assert len(gated.transitions) == 3
+    assert len(gated.transitions) == 2
     assert full.examined_frames == full.frames == len(pictures)
     assert gated.examined_frames <= 0.6 * full.examined_frames
 
