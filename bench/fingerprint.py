@@ -25,6 +25,7 @@ import cv2
 import imageio_ffmpeg
 import numpy as np
 from numpy.typing import NDArray
+
 from winnow.operators.fingerprint import MODEL, Fingerprint
 from winnow.operators.frames import Span, read_spans
 from winnow.operators.operator import ClipView, FrameChunk, Needs

@@ -3,22 +3,29 @@
     python bench/operators.py [--repeat 5] [--json]     speed, decode-only and operators interleaved
     python bench/operators.py --table [--columns a,b]   every column of every video under the folder
 
-Absolute figures depend on the machine and on what else runs there; the ratio is the measure.
+`decode` is PyAV alone in one process with two frame threads. The others run on two workers with one
+thread each, as the pipeline does: frame threads would make the motion vectors differ from run to
+run (see open_video). Absolute figures depend on the machine and on what else runs there; the ratios,
+taken within each repetition, are the measure.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import av
 import cv2
+
 from winnow.operators.border import Border
 from winnow.operators.errors import MeasureError
 from winnow.operators.exposure import Exposure
@@ -76,7 +83,7 @@ def measure(
             timed(name, lambda measurement=measurement: measurement.update(chunk))
 
     span = Span(0, view.frames)
-    read_spans(path, [span], view.fps, union(operators), receive, threads=THREADS)
+    read_spans(path, [span], view.fps, union(operators), receive)
     columns: dict[str, Any] = {}
     for name, measurement in measurements.items():
         try:
@@ -86,37 +93,65 @@ def measure(
     return columns
 
 
-def time_all(views: dict[Path, ClipView], work: Callable[[Path, ClipView], Any]) -> float:
+def decode_only(path: Path, view: ClipView) -> dict[str, float]:
+    for _ in decode(path):
+        pass
+    return {}
+
+
+def read_only(path: Path, view: ClipView) -> dict[str, float]:
+    span = Span(0, view.frames)
+    read_spans(path, [span], view.fps, union(OPERATORS), lambda _k, _chunk: None)
+    return {}
+
+
+def all_operators(path: Path, view: ClipView) -> dict[str, float]:
+    spent: dict[str, float] = {}
+    measure(view, path, OPERATORS, spent)
+    return spent
+
+
+def by_workers(
+    pool: ProcessPoolExecutor,
+    views: dict[Path, ClipView],
+    work: Callable[[Path, ClipView], dict[str, float]],
+) -> tuple[float, Counter[str]]:
+    """Seconds for all files on two workers, and the CPU seconds that they report, summed."""
     began = time.perf_counter()
-    for path, view in views.items():
-        work(path, view)
+    spent: Counter[str] = Counter()
+    for seconds in pool.map(work, views.keys(), views.values()):
+        spent.update(seconds)
+    return time.perf_counter() - began, spent
+
+
+def by_frame_threads(views: dict[Path, ClipView]) -> float:
+    """Seconds to decode all files in this process, one after the other, with two threads."""
+    began = time.perf_counter()
+    for path in views:
+        count_frames(path)
     return time.perf_counter() - began
 
 
 def benchmark(views: dict[Path, ClipView], repeat: int) -> dict[str, Any]:
     frames = sum(view.frames for view in views.values())
-    needs = union(OPERATORS)
-    seconds: dict[str, list[float]] = {"decode": [], "reader": [], "operators": []}
-    spent: dict[str, float] = {}
+    # Longest first, so that the workers end together.
+    views = dict(sorted(views.items(), key=lambda item: -item[1].frames * item[1].width))
+    seconds: dict[str, list[float]] = {}
+    spent: Counter[str] = Counter()
+    works = {"decode_workers": decode_only, "reader": read_only, "operators": all_operators}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(THREADS, context, cv2.setNumThreads, (1,)) as pool:
+        by_workers(pool, views, decode_only)  # the workers start and import
+        for _ in range(repeat):
+            seconds.setdefault("decode", []).append(by_frame_threads(views))
+            for name, work in works.items():
+                taken, reported = by_workers(pool, views, work)
+                seconds.setdefault(name, []).append(taken)
+                spent.update(reported)
 
-    def decode_only(path: Path, _: ClipView) -> None:
-        count_frames(path)
-
-    def read_only(path: Path, view: ClipView) -> None:
-        span = Span(0, view.frames)
-        read_spans(path, [span], view.fps, needs, lambda _k, _chunk: None, threads=THREADS)
-
-    def all_operators(path: Path, view: ClipView) -> None:
-        measure(view, path, OPERATORS, spent)
-
-    for _ in range(repeat):
-        seconds["decode"].append(time_all(views, decode_only))
-        seconds["reader"].append(time_all(views, read_only))
-        seconds["operators"].append(time_all(views, all_operators))
-
-    def ratio(name: str) -> float:
-        pairs = zip(seconds["decode"], seconds[name], strict=True)
-        return statistics.median(alone / with_work for alone, with_work in pairs)
+    def ratio(name: str, base: str) -> float:
+        pairs = zip(seconds[base], seconds[name], strict=True)
+        return round(statistics.median(alone / with_work for alone, with_work in pairs), 3)
 
     return {
         "videos": len(views),
@@ -125,7 +160,8 @@ def benchmark(views: dict[Path, ClipView], repeat: int) -> dict[str, Any]:
         "frames_per_second": {
             name: round(frames / statistics.median(taken)) for name, taken in seconds.items()
         },
-        "of_decode_only": {name: round(ratio(name), 3) for name in ("reader", "operators")},
+        "of_decode_only": {name: ratio(name, "decode") for name in works},
+        "of_decode_workers": {name: ratio(name, "decode_workers") for name in works},
         "operator_microseconds_per_frame": {
             name: round(taken / repeat / frames * 1e6, 1) for name, taken in spent.items()
         },
@@ -134,9 +170,10 @@ def benchmark(views: dict[Path, ClipView], repeat: int) -> dict[str, Any]:
 
 def print_benchmark(result: dict[str, Any]) -> None:
     print(f"{result['videos']} videos, {result['frames']} frames, {result['repeat']} repetitions")
-    print("| what | frames/s | of decode-only |\n|---|---|---|")
+    print("| what | frames/s | of decode | of decode_workers |\n|---|---|---|---|")
     for name, rate in result["frames_per_second"].items():
-        print(f"| {name} | {rate} | {result['of_decode_only'].get(name, 1.0):.2f} |")
+        ratios = [result[f"of_{base}"].get(name) for base in ("decode_only", "decode_workers")]
+        print(f"| {name} | {rate} |", " | ".join(f"{r:.2f}" if r else "" for r in ratios), "|")
     print("\n| operator | CPU µs per frame |\n|---|---|")
     for name, cost in result["operator_microseconds_per_frame"].items():
         print(f"| {name} | {cost} |")

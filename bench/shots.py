@@ -23,6 +23,7 @@ import av
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+
 from winnow.operators.frames import decode
 from winnow.operators.shots import AdaptiveDetector, Detector, TransNetV2Detector, scan_shots
 

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
 from winnow.operators.errors import MeasureError
 from winnow.operators.operator import (
     ClipView,

@@ -29,6 +29,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
 from winnow.operators.errors import MeasureError
 from winnow.operators.operator import (
     ClipView,

@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 from av.sidedata.motionvectors import MotionVectors
 from numpy.typing import NDArray
+
 from winnow.operators.errors import MediaError
 from winnow.operators.operator import FrameChunk, Needs, Sample, Sampling
 
@@ -172,7 +173,9 @@ def open_video(
     except MediaError:
         container.close()
         raise
-    stream.thread_type = "AUTO"
+    # With frame threads FFmpeg exports the vectors of a frame while other threads still decode the
+    # frames it depends on: they differ from run to run. Slice threads and one thread are exact.
+    stream.thread_type = "SLICE" if motion_vectors else "AUTO"
     stream.codec_context.thread_count = threads
     options: dict[str, str] = {}
     if motion_vectors:

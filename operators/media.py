@@ -23,6 +23,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorTrc
 from numpy.typing import NDArray
+
 from winnow.operators.errors import MediaError
 from winnow.operators.frames import OPEN_OPTIONS, video_stream
 
@@ -156,7 +157,9 @@ def packet_sizes(path: Path) -> list[int]:
         family = _family(file)
     try:
         with _open(path, family) as container:
-            return [packet.size for packet in container.demux(video_stream(container)) if packet.size]
+            return [
+                packet.size for packet in container.demux(video_stream(container)) if packet.size
+            ]
     except _NONSENSE as error:
         raise MediaError("corrupt", f"reading failed: {_reason(error)}") from error
 

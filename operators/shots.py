@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import av
 import numpy as np
 from numpy.typing import NDArray
+
 from winnow.operators.change import CONTEXT, STRIDE, WINDOW, Change
 from winnow.operators.frames import (
     Span,

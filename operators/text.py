@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
 from winnow.operators.errors import MeasureError, ModelUnavailable
 from winnow.operators.operator import (
     ClipView,

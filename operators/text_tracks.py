@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+
 from winnow.operators.text_gate import Box, Gradient
 
 PRESENT = 0.6

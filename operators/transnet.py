@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from winnow.operators.change import STRIDE, WINDOW
 from winnow.operators.errors import ModelUnavailable
 

@@ -232,6 +232,7 @@ def doctor(json_output: JsonOption = False) -> None:
 def config_show(config: ConfigOption = "cpu", overrides: SetOption = None) -> None:
     """Print a configuration with every default filled in, as YAML."""
     import yaml
+
     from winnow.pipeline.config import load_config
 
     content = load_config(config, overrides or []).model_dump(mode="json")
@@ -242,7 +243,7 @@ def config_show(config: ConfigOption = "cpu", overrides: SetOption = None) -> No
 def config_validate(config: ConfigOption = "cpu", overrides: SetOption = None) -> None:
     """Check a configuration and its policy without reading any input."""
     from winnow.pipeline.config import load_config
-    from winnow.pipeline.plan import check_config
+    from winnow.pipeline.planning import check_config
 
     plan = check_config(load_config(config, overrides or []))
     typer.echo(

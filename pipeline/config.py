@@ -21,6 +21,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+
 from winnow.operators.errors import ConfigError
 from winnow.operators.media import Limits
 from winnow.operators.operator import Operator

@@ -23,6 +23,7 @@ from rich.progress import (
     Progress as Bars,
 )
 from rich.table import Table
+
 from winnow.pipeline.run import Progress, RunResult
 from winnow.stages.records import Source
 

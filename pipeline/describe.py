@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 from pydantic import TypeAdapter
+
 from winnow.operators.operator import Operator
 from winnow.operators.registry import all_operators
 from winnow.pipeline.config import RunConfig

@@ -13,6 +13,7 @@ from typing import Any
 import av
 import numpy as np
 from numpy.typing import NDArray
+
 from winnow.pipeline.drawing import Image
 
 SOUND_RATE = 44100

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from winnow.operators.errors import IndexUnavailable
 from winnow.pipeline.lake import Lake
 from winnow.pipeline.views import connect

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
+
 from winnow.operators.errors import MediaError, WorkerError
 from winnow.pipeline.worker import Worker
 from winnow.stages.records import Source
@@ -60,7 +61,7 @@ class IsolatedWorkers:
         self._attempts = attempts
         self._timeouts = timeouts
         self._workers = workers
-        self._pool = ProcessPool(
+        self._pool: Any = ProcessPool(
             max_workers=processes,
             max_tasks=TASKS_PER_CHILD,
             initializer=_begin,

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import DeltaError, TableNotFoundError
+
 from winnow.operators.errors import LakeError
 from winnow.operators.operator import Column
 

@@ -1,39 +1,14 @@
-"""The plan of a run: the configured stages, constructed and checked against the policy."""
+"""The plan of a run: its stages, constructed, in order, with the means that each gets."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from winnow.operators.errors import ConfigError
 from winnow.operators.operator import Column
-from winnow.pipeline.config import (
-    DedupConfig,
-    FilterConfig,
-    IngestConfig,
-    RunConfig,
-    ShardConfig,
-    SplitConfig,
-    TranscodeConfig,
-    build_operators,
-    find_config,
-    parse_yaml,
-    stage_label,
-    validate,
-)
-from winnow.pipeline.index import OpenKeptIndex, default_index_uri
-from winnow.pipeline.lake import Lake
-from winnow.pipeline.policy import Evaluator, Policy, load_policy
-from winnow.pipeline.storage import Storage
+from winnow.pipeline.config import RunConfig
+from winnow.pipeline.policy import Policy
 from winnow.stages.dedup import Dedup
-from winnow.stages.filter import Filter
-from winnow.stages.ingest import Claim, Ingest
-from winnow.stages.shard import Buckets, Shard
-from winnow.stages.split import Split
 from winnow.stages.stage import Stage
-from winnow.stages.transcode import Transcode
 
 
 @dataclass(frozen=True)
@@ -74,98 +49,3 @@ class Plan:
     @property
     def dedup(self) -> Dedup | None:
         return next((stage for stage in self.stages if isinstance(stage, Dedup)), None)
-
-
-def make_plan(
-    config: RunConfig,
-    policy: Policy,
-    *,
-    files: Storage,
-    media: Storage,
-    lake: Lake,
-    claimed: Mapping[str, str],
-) -> Plan:
-    """Construct the stages. Raises ConfigError where they and the policy do not fit."""
-    placements: list[Placement] = []
-    for stage in config.stages:
-        placements.append(_place(stage, _construct(stage, policy, files, media, lake)))
-        if isinstance(stage, IngestConfig):
-            placements.append(Placement(Claim(dict(claimed)), isolated=False))
-    plan = Plan(config, policy, tuple(placements))
-    check(plan)
-    return plan
-
-
-def check_config(config: RunConfig) -> Plan:
-    """The plan that a configuration would give, without an input or a lake. Raises ConfigError."""
-    here = Storage.open(".")
-    return make_plan(
-        config, load_policy(config.policy), files=here, media=here, lake=Lake("."), claimed={}
-    )
-
-
-def check(plan: Plan) -> None:
-    """What configuration models cannot see: columns written twice, missing vectors, rules."""
-    seen: dict[str, str] = {}
-    for stage in plan.stages:
-        for column in stage.columns():
-            if column.name in seen:
-                raise ConfigError(
-                    f"stages {seen[column.name]!r} and {stage.label!r} both write {column.name!r}: "
-                    "an operator may run in one filter stage only"
-                )
-            seen[column.name] = stage.label
-        if isinstance(stage, Dedup):
-            before = plan.stages[: plan.stages.index(stage)]
-            models = [model for earlier in before for model in earlier.embeddings()]
-            if stage.embedding not in models:
-                raise ConfigError(
-                    f"dedup compares the embedding {stage.embedding!r}, which no operator before it "
-                    f"writes (there are: {', '.join(models) or 'none'}): add the operator "
-                    "`fingerprint` to a filter stage before dedup"
-                )
-    Evaluator(plan.policy, plan.clip_columns)
-
-
-def _place(config: Any, stage: Stage) -> Placement:
-    cores = os.cpu_count() or 1
-    single = stage.ordered
-    return Placement(
-        stage,
-        workers_min=1 if single else config.workers.min,
-        workers_max=1 if single else max(config.workers.min, config.workers.max or cores),
-        cpus=config.cpus,
-        gpus=config.gpus,
-        timeout_s=config.timeout_s,
-        isolated=not single and not isinstance(stage, Shard),
-    )
-
-
-def _construct(config: Any, policy: Policy, files: Storage, media: Storage, lake: Lake) -> Stage:
-    label = stage_label(config)
-    match config:
-        case IngestConfig():
-            return Ingest(files, config.limits, config.settle_s, label)
-        case SplitConfig():
-            return Split(files, config.detector, config.longest_s, config.threads, label)
-        case FilterConfig():
-            return Filter(files, build_operators(config), config.threads, label)
-        case DedupConfig():
-            token = config.index.token
-            opener = OpenKeptIndex(
-                lake,
-                config.index.uri or default_index_uri(lake),
-                token.get_secret_value() if token else "",
-                config.embedding,
-                policy.name,
-            )
-            return Dedup(opener, config.embedding, config.threshold, label)
-        case TranscodeConfig():
-            return Transcode(
-                files, media, config.encoder, config.crf, config.preset, config.threads,
-                config.timeout_s, label,
-            )  # fmt: skip
-        case ShardConfig():
-            text, origin = find_config(config.taxonomy, "taxonomy")
-            return Shard(validate(Buckets, parse_yaml(text, origin), origin), label)
-    raise ConfigError(f"unknown stage {config!r}")

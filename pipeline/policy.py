@@ -16,6 +16,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 from pydantic import Field
+
 from winnow.operators.errors import ConfigError
 from winnow.operators.operator import Column
 from winnow.pipeline.config import Strict, find_config, parse_yaml, validate
@@ -119,6 +120,7 @@ class Evaluator:
         self.policy = policy
         self._schema = pa.schema([(c.name, c.type) for c in (*SOURCE_COLUMNS, *columns)
                                   if not pa.types.is_binary(c.type)])  # fmt: skip
+        self._names = {name.lower(): name for name in self._schema.names}
         self._connection = sandboxed()
         self.reads = {rule.name: self._check(rule) for rule in policy.rules}
 
@@ -165,10 +167,17 @@ class Evaluator:
         ]
         if not rows or not rules:
             return [([], []) for _ in rows]
-        table = pa.Table.from_pylist(
-            [{name: row.get(name) for name in self._schema.names} for row in rows], self._schema
-        )
-        return self.judge(table, rules)
+        # A few rows go as parameters: building an Arrow table would import pandas into every worker.
+        reads = sorted(set().union(*(self.reads[rule.name] for rule in rules)))
+        fields = [self._schema.field(self._names[name]) for name in reads]
+        cells = ", ".join(f'CAST(? AS {_sql_type(f.type)}) AS "{f.name}"' for f in fields)
+        query = f"SELECT {{}} FROM (SELECT {cells or '1'}) AS clips"
+        selected = ", ".join(_judgement(rule) for rule in rules)
+        answers = []
+        for row in rows:
+            parameters = [row.get(f.name) for f in fields]
+            answers += self._connection.execute(query.format(selected), parameters).fetchall()
+        return _sort(rules, answers)
 
     def judge(self, table: pa.Table, rules: Sequence[Rule]) -> list[tuple[list[str], list[str]]]:
         """`rejects` for an Arrow table that has the declared columns."""
@@ -178,13 +187,32 @@ class Evaluator:
             answers = self._connection.execute(f"SELECT {selected} FROM clips").fetchall()
         finally:
             self._connection.unregister("clips")
-        return [
-            (
-                [rule.name for rule, answer in zip(rules, row, strict=True) if answer is True],
-                [rule.name for rule, answer in zip(rules, row, strict=True) if answer is None],
-            )
-            for row in answers
-        ]
+        return _sort(rules, answers)
+
+
+def _sort(
+    rules: Sequence[Rule], answers: Sequence[tuple[Any, ...]]
+) -> list[tuple[list[str], list[str]]]:
+    """The rules that reject and those that cannot say, from each row's answers."""
+    return [
+        (
+            [rule.name for rule, answer in zip(rules, row, strict=True) if answer is True],
+            [rule.name for rule, answer in zip(rules, row, strict=True) if answer is None],
+        )
+        for row in answers
+    ]
+
+
+_SQL_TYPES = {
+    pa.float64(): "DOUBLE", pa.float32(): "FLOAT", pa.bool_(): "BOOLEAN", pa.string(): "VARCHAR",
+    pa.int64(): "BIGINT", pa.int32(): "INTEGER", pa.int16(): "SMALLINT", pa.int8(): "TINYINT",
+}  # fmt: skip
+
+
+def _sql_type(kind: pa.DataType) -> str:
+    if pa.types.is_list(kind):
+        return f"{_sql_type(kind.value_type)}[]"
+    return _SQL_TYPES.get(kind, "VARCHAR")
 
 
 def _judgement(rule: Rule) -> str:

@@ -10,6 +10,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
+
 from winnow.operators.errors import ConfigError
 from winnow.pipeline.lake import Lake
 from winnow.pipeline.views import connect

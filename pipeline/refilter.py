@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+
 from winnow.operators.errors import ConfigError
 from winnow.operators.operator import Column
 from winnow.pipeline.config import DedupConfig, RunConfig

@@ -21,6 +21,7 @@ from typing import Any
 import duckdb
 import jinja2
 from markupsafe import Markup
+
 from winnow.operators.errors import StorageError
 from winnow.pipeline import report_charts
 from winnow.pipeline.report_charts import number_text, simple_threshold

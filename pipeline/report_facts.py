@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import duckdb
+
 from winnow.operators.errors import LakeError
 from winnow.pipeline.report_charts import (
     Chart,

@@ -20,7 +20,8 @@ from winnow.pipeline.config import IngestConfig, RunConfig
 from winnow.pipeline.engines.inline import run_inline
 from winnow.pipeline.lake import Lake
 from winnow.pipeline.ledger import Ledger, read_ledger
-from winnow.pipeline.plan import Plan, make_plan
+from winnow.pipeline.plan import Plan
+from winnow.pipeline.planning import make_plan
 from winnow.pipeline.policy import Policy, load_policy
 from winnow.pipeline.storage import FoundFile, Storage
 from winnow.pipeline.views import connect

@@ -19,6 +19,7 @@ from typing import Any
 import av
 import cv2
 import numpy as np
+
 from winnow.pipeline.drawing import Image, Shot, bordered, held, lettering, spliced
 from winnow.pipeline.filming import H264, SOUND_RATE, Coding, decoded, encode, mux_tone
 

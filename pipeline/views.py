@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import duckdb
 import pyarrow as pa
+
 from winnow.operators.errors import LakeError
 from winnow.pipeline.lake import TABLES, Lake, arrow_schema
 

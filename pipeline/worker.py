@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from winnow.operators.errors import MediaError, StorageError, WinnowError
+from winnow.operators.operator import Column
 from winnow.pipeline.plan import Plan
-from winnow.pipeline.policy import Evaluator
+from winnow.pipeline.policy import Evaluator, Policy
 from winnow.stages.records import Clip, Decision, Source
 from winnow.stages.stage import Stage
 
@@ -32,48 +33,55 @@ def policy_row(source: Source, clip: Clip) -> dict[str, Any]:
 
 @dataclass
 class Worker:
-    """Some consecutive stages of a plan, set up on first use in whatever process this is."""
+    """Some consecutive stages of a plan, set up on first use in whatever process this is.
 
-    plan: Plan
-    first: int
-    last: int
+    It holds no more of the plan than it needs: what a child process must import follows from it.
+    """
 
-    def __post_init__(self) -> None:
-        self._ready = False
-        self._evaluator: Evaluator | None = None
+    stages: tuple[Stage, ...]
+    policy: Policy
+    columns: tuple[Column, ...]
+    """Every clip column of the plan."""
+    earlier: frozenset[str] = frozenset()
+    """Lower-case names of the columns that stages before these write."""
+    decides: bool = False
+    """These are the last stages: the verdict follows them."""
+    _evaluator: Evaluator | None = field(default=None, repr=False)
 
-    def __getstate__(self) -> tuple[Plan, int, int]:
-        return self.plan, self.first, self.last
+    @classmethod
+    def of(cls, plan: Plan, first: int, last: int) -> Worker:
+        """The worker for the stages [first, last) of a plan."""
+        return cls(
+            plan.stages[first:last],
+            plan.policy,
+            plan.clip_columns,
+            frozenset(c.name.lower() for stage in plan.stages[:first] for c in stage.columns()),
+            last == len(plan.stages),
+        )
 
-    def __setstate__(self, state: tuple[Plan, int, int]) -> None:
-        self.plan, self.first, self.last = state
-        self.__post_init__()
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        return self.plan.stages[self.first : self.last]
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_evaluator": None}
 
     def setup(self) -> None:
         """Load what the stages need, once."""
-        if self._ready:
-            return
-        for stage in self.stages:
-            stage.setup()
-        self._evaluator = Evaluator(self.plan.policy, self.plan.clip_columns)
-        self._ready = True
+        if self._evaluator is None:
+            for stage in self.stages:
+                stage.setup()
+            self._evaluator = Evaluator(self.policy, self.columns)
 
     def __call__(self, source: Source) -> Source:
         """Take a source through the stages. Any error becomes the source's status."""
         self.setup()
-        for offset, stage in enumerate(self.stages):
+        written = set(self.earlier)
+        for stage in self.stages:
             if not source.pending:
                 break
             self._step(stage, source)
-            written = {column.name.lower() for earlier in self.plan.stages[: self.first + offset + 1]
-                       for column in earlier.columns()}  # fmt: skip
-            if stage.columns() and source.pending:
+            columns = {column.name.lower() for column in stage.columns()}
+            written |= columns
+            if columns and source.pending:
                 self._mark(source, written)
-        if self.last == len(self.plan.stages):
+        if self.decides:
             self.decide(source)
         return source
 
@@ -122,10 +130,10 @@ class Worker:
             )
 
     def close(self) -> None:
-        if self._ready:
+        if self._evaluator is not None:
             for stage in self.stages:
                 stage.close()
-            self._ready = False
+            self._evaluator = None
 
 
 def verdict(

@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
 from winnow.stages.records import Demotion, Source
 from winnow.stages.stage import Stage
 

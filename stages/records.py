@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
 from winnow.operators.errors import MediaError
 from winnow.operators.frames import Span
 from winnow.operators.media import MediaInfo

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
 from winnow.operators.errors import WinnowError
 
 Role = Literal["generation", "control", "mask", "preview"]

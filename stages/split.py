@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
 from winnow.operators.errors import MediaError
 from winnow.operators.frames import Span
 from winnow.operators.operator import Column
@@ -80,7 +81,9 @@ class Split(Stage):
     ) -> Iterator[Clip]:
         assert source.media is not None
         frame_s = 1.0 / source.media.fps if source.media.fps > 0 else 0.0
-        end_s = float(seconds[-1]) + (frame_s or 0.0)
+        # The container knows how long the last frame is shown, which matters at an uneven rate.
+        known = source.media.duration_s
+        end_s = known if known > float(seconds[-1]) else float(seconds[-1]) + frame_s
         bounds = np.append(seconds, end_s)
         for index, shot in enumerate(shots):
             for span in divide(shot, seconds, end_s, self.longest_s):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import ffmpeg
+
 from winnow.operators.errors import LakeError, MediaError, StorageError
 from winnow.operators.frames import decode
 from winnow.operators.media import MediaInfo, packet_sizes, probe
@@ -40,6 +41,8 @@ class Target:
     fps: Fraction
     width: int
     height: int
+    tolerance: int = 0
+    """Frames by which the count may be off: 1 where an uneven rate is made constant."""
 
 
 @dataclass
@@ -110,7 +113,8 @@ class Transcode(Stage):
         frames = len(clip.span)
         if info.variable_frame_rate:
             frames = max(1, round((clip.end_s - clip.start_s) * fps))
-        return Target(frames, fps, width - width % 2, height - height % 2)
+        uneven = int(info.variable_frame_rate)
+        return Target(frames, fps, width - width % 2, height - height % 2, uneven)
 
     def encode_arguments(
         self, path: Path, output: Path, info: MediaInfo, clip: Clip, crop: Crop | None,
@@ -144,7 +148,7 @@ class Transcode(Stage):
         video = video.filter("crop", target.width, target.height, 0, 0).filter("setsar", 1)
         options: dict[str, Any] = {
             "c:v": self.encoder, "pix_fmt": "yuv420p", "r": str(target.fps),
-            "frames:v": target.frames, "movflags": "+faststart", "threads": self.threads,
+            "frames:v": target.frames + target.tolerance, "movflags": "+faststart", "threads": self.threads,
             "map_metadata": -1, "f": "mp4",
         }  # fmt: skip
         options |= quality(self.encoder, self.crf, self.preset)
@@ -166,7 +170,7 @@ class Transcode(Stage):
         A copied stream has the source's packets, which an earlier stage has decoded.
         """
         made = probe(output)
-        if made.frames != target.frames:
+        if abs(made.frames - target.frames) > target.tolerance:
             raise TranscodeError(f"the output has {made.frames} frames, not {target.frames}")
         if (made.width, made.height) != (target.width, target.height):
             raise TranscodeError(
@@ -174,8 +178,8 @@ class Transcode(Stage):
             )
         if not decoded:
             frames = sum(1 for _ in decode(output, threads=self.threads))
-            if frames != target.frames:
-                raise TranscodeError(f"only {frames} of {target.frames} output frames decode")
+            if frames != made.frames:
+                raise TranscodeError(f"only {frames} of {made.frames} output frames decode")
         return made
 
 

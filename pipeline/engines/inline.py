@@ -59,7 +59,7 @@ def _segments(plan: Plan) -> list[tuple[Worker, bool, float]]:
         members = list(group)
         first, last = members[0][0], members[-1][0] + 1
         timeout = sum(placement.timeout_s for _, placement in members)
-        segments.append((Worker(plan, first, last), isolated, timeout))
+        segments.append((Worker.of(plan, first, last), isolated, timeout))
     return segments
 
 

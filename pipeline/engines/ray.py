@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
 from winnow.operators.errors import WorkerError
 from winnow.pipeline.isolation import IsolatedWorkers
 from winnow.pipeline.plan import Placement, Plan
@@ -27,14 +28,11 @@ Batch = dict[str, Any]
 class StageActor:
     """One stage in one Ray actor."""
 
-    def __init__(self, plan: Plan, number: int) -> None:
-        self._placement = plan.placements[number]
-        self._worker = Worker(plan, number, number + 1)
+    def __init__(self, worker: Worker, *, isolated: bool, timeout_s: float, attempts: int) -> None:
+        self._worker = worker
         self._children: IsolatedWorkers | None = None
-        if self._placement.isolated and plan.config.isolate:
-            self._children = IsolatedWorkers(
-                [self._worker], 1, [self._placement.timeout_s], plan.config.attempts
-            )
+        if isolated:
+            self._children = IsolatedWorkers([worker], 1, [timeout_s], attempts)
 
     def __call__(self, batch: Batch) -> Batch:
         return pack([self._one(source) for source in unpack(batch)])
@@ -69,11 +67,16 @@ def run_ray(plan: Plan, sources: Sequence[Source], address: str | None = None) -
         block = max(1, min(16, math.ceil(len(sources) / (8 * workers))))
         blocks = max(1, math.ceil(len(sources) / block))
         rows = [{"record": record} for record in pack(sources)["record"]]
-        dataset = ray.data.from_items(rows, override_num_blocks=blocks)
+        dataset: Any = ray.data.from_items(rows, override_num_blocks=blocks)
         for number, placement in enumerate(plan.placements):
             dataset = dataset.map_batches(
                 StageActor,
-                fn_constructor_args=(plan, number),
+                fn_constructor_args=(Worker.of(plan, number, number + 1),),
+                fn_constructor_kwargs={
+                    "isolated": placement.isolated and plan.config.isolate,
+                    "timeout_s": placement.timeout_s,
+                    "attempts": plan.config.attempts,
+                },
                 batch_size=None,
                 compute=_pool(placement, ActorPoolStrategy),
                 num_cpus=placement.cpus,

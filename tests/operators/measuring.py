@@ -9,6 +9,7 @@ import av
 import cv2
 import imageio_ffmpeg
 import numpy as np
+
 from winnow.operators.frames import Span, read_spans
 from winnow.operators.operator import ClipView, FrameChunk, Needs, Operator
 

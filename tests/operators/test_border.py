@@ -5,12 +5,12 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
-from winnow.operators.border import Border
-from winnow.operators.errors import MeasureError
-from winnow.operators.operator import ClipView
 
 from tests.conftest import scene, write_video
 from tests.operators.measuring import gray, measure, texture
+from winnow.operators.border import Border
+from winnow.operators.errors import MeasureError
+from winnow.operators.operator import ClipView
 
 WIDTH, HEIGHT = 320, 180
 

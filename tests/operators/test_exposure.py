@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from winnow.operators.errors import MeasureError
-from winnow.operators.exposure import Exposure
 
 from tests.conftest import write_video
 from tests.operators.measuring import gray, measure, measure_luma, texture
+from winnow.operators.errors import MeasureError
+from winnow.operators.exposure import Exposure
 
 
 def flat(*levels: int) -> np.ndarray:

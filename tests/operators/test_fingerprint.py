@@ -10,6 +10,7 @@ import av
 import cv2
 import numpy as np
 import pytest
+
 from winnow.operators.errors import MeasureError
 from winnow.operators.fingerprint import DIMENSIONS, MODEL, Fingerprint
 from winnow.operators.frames import Span, read_spans

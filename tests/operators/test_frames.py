@@ -5,6 +5,9 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
+
+from tests.conftest import scene, write_video
+from tests.operators.measuring import ffmpeg, gray, texture
 from winnow.operators.errors import MediaError
 from winnow.operators.frames import (
     CHUNK_FRAMES,
@@ -20,9 +23,6 @@ from winnow.operators.frames import (
     small_size,
 )
 from winnow.operators.operator import Needs, Sampling
-
-from tests.conftest import scene, write_video
-from tests.operators.measuring import ffmpeg, gray, texture
 
 
 @pytest.mark.parametrize(
@@ -133,6 +133,18 @@ def test_vectors_do_not_hold_the_frame(tmp_path):
     assert all(v is not None and len(v) and v.base is not None for v in vectors[1:])
     assert {"source", "motion_x", "motion_scale"} <= set(vectors[1].dtype.names)
     assert set(np.unique(vectors[1]["motion_scale"])) == {4}
+
+
+def test_vectors_are_the_same_with_any_number_of_threads(tmp_path):
+    path = write_video(tmp_path / "v.mp4", scene(4, 60, 640, 352), options={"crf": "18"})
+
+    def motions(threads):
+        frames = decode(path, threads=threads, motion_vectors=True)
+        return [v["motion_x"].tolist() for f in frames if (v := frame_vectors(f)) is not None]
+
+    alone = motions(1)
+    for _ in range(5):
+        assert motions(4) == alone
 
 
 def test_memory_of_a_clip_is_bounded_by_the_chunk(tmp_path):

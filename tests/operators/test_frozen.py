@@ -5,11 +5,11 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
-from winnow.operators.errors import MeasureError
-from winnow.operators.frozen import Frozen, largest_tile_difference
 
 from tests.conftest import scene, write_video
 from tests.operators.measuring import gray, measure, measure_luma, texture
+from winnow.operators.errors import MeasureError
+from winnow.operators.frozen import Frozen, largest_tile_difference
 
 
 def moving(frames: int, seed: int = 1) -> np.ndarray:

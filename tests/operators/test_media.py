@@ -14,6 +14,7 @@ import av
 import imageio_ffmpeg
 import numpy as np
 import pytest
+
 from winnow.operators.errors import MediaError
 from winnow.operators.media import Limits, check, hash_file, packet_sizes, probe
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
+from tests.conftest import write_video
+from tests.operators.measuring import gray, measure, texture, view_of
 from winnow.operators.errors import MeasureError
 from winnow.operators.frames import Span, read_spans
 from winnow.operators.motion import Motion
 from winnow.operators.operator import ClipView, FrameChunk, Needs
-
-from tests.conftest import write_video
-from tests.operators.measuring import gray, measure, texture, view_of
 
 WIDTH, HEIGHT = 320, 192
 DIAGONAL = np.hypot(WIDTH, HEIGHT)

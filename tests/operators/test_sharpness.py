@@ -5,13 +5,13 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
+
+from tests.conftest import scene, write_video
+from tests.operators.measuring import gray, measure, texture
 from winnow.operators.errors import MeasureError
 from winnow.operators.frames import decode, full_range, luma_plane
 from winnow.operators.operator import ClipView
 from winnow.operators.sharpness import Sharpness, blockiness, detail_ratio
-
-from tests.conftest import scene, write_video
-from tests.operators.measuring import gray, measure, texture
 
 BLURRED = 0.13
 """What the default policy rejects below."""

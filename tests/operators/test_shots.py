@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
+
 from winnow.operators.change import Change
 from winnow.operators.errors import MediaError
 from winnow.operators.frames import Span

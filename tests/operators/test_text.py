@@ -9,14 +9,14 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+
+from tests.conftest import write_video
+from tests.operators import measuring
 from winnow.operators.errors import MeasureError
 from winnow.operators.operator import ClipView, FrameChunk, Sample
 from winnow.operators.text import HEIGHT, Text, detector
 from winnow.operators.text_gate import Box, Searched, candidates, gradient, steady, windows
 from winnow.operators.text_tracks import presence, union_share
-
-from tests.conftest import write_video
-from tests.operators import measuring
 
 FPS, FRAMES, WIDTH = 12, 48, 640
 Painter = Callable[[np.ndarray, int], None]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
-from winnow.operators.errors import MeasureError
-from winnow.operators.operator import ClipView
-from winnow.operators.thumbnail import Thumbnail
 
 from tests.conftest import write_video
 from tests.operators.measuring import measure
+from winnow.operators.errors import MeasureError
+from winnow.operators.operator import ClipView
+from winnow.operators.thumbnail import Thumbnail
 
 
 def strip(path) -> np.ndarray:

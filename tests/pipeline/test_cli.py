@@ -16,7 +16,9 @@ WINNOW = Path(sys.executable).parent / "winnow"
 
 
 def winnow(*arguments: object, code: int = 0) -> tuple[str, str]:
-    done = subprocess.run([WINNOW, *map(str, arguments)], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [WINNOW, *map(str, arguments)], capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout, done.stderr
@@ -28,7 +30,9 @@ def test_help_loads_nothing_heavy():
         "heavy = {'torch', 'ray', 'pyarrow', 'numpy', 'cv2', 'av', 'duckdb', 'deltalake', 'pydantic'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
     assert done.stdout.strip() == "[]"
     used = []
     for _ in range(3):
@@ -43,13 +47,19 @@ def test_help_loads_nothing_heavy():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["run", "--input", "/nosuch", "--lake", "/tmp/nosuch-lake"], ["/nosuch", "does not exist"]),
+        (
+            ["run", "--input", "/nosuch", "--lake", "/tmp/nosuch-lake"],
+            ["/nosuch", "does not exist"],
+        ),
         (["run", "--input", "/tmp", "--lake", "x", "--config", "nosuch"], ["nosuch", "cpu"]),
         (["run", "--nosuch"], ["--nosuch"]),
         (["sql", "SELECT 1", "--lake", "/nosuch"], ["no lake", "winnow run"]),
         (["report", "--lake", "/nosuch"], ["no lake"]),
         (["refilter", "--lake", "/nosuch", "--policy", "nosuch"], ["nosuch", "generated"]),
-        (["config", "validate", "--set", "stages.split.longest=3"], ["stages", "longest", "unknown"]),
+        (
+            ["config", "validate", "--set", "stages.split.longest=3"],
+            ["stages", "longest", "unknown"],
+        ),
         (["demo", "--out", "/usr"], ["/usr", "not empty"]),
     ],
 )

@@ -5,7 +5,7 @@ import yaml
 
 from winnow.operators.errors import ConfigError
 from winnow.pipeline.config import find_config, load_config
-from winnow.pipeline.plan import check_config
+from winnow.pipeline.planning import check_config
 
 
 def written(tmp_path: Path, change) -> str:

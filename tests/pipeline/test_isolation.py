@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -24,13 +25,14 @@ class Trouble(Stage):
     label: str = "trouble"
 
     def process(self, source: Source) -> None:
-        with open(os.path.join(self.marks, source.key), "a") as mark:
-            mark.write("x")
+        mark = Path(self.marks, source.key)
+        with mark.open("a") as file:
+            file.write("x")
         if "kill" in source.key:
             os.kill(os.getpid(), signal.SIGSEGV)
         elif "hang" in source.key:
             time.sleep(60)
-        elif "flaky" in source.key and os.path.getsize(os.path.join(self.marks, source.key)) < 2:
+        elif "flaky" in source.key and mark.stat().st_size < 2:
             os._exit(3)
         elif "bug" in source.key:
             raise ValueError("a bug")

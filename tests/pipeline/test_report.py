@@ -14,6 +14,7 @@ import cv2
 import duckdb
 import numpy as np
 import pytest
+
 from winnow.operators.errors import LakeError, StorageError
 from winnow.pipeline.report import RuleShown, simple_threshold, write_report
 from winnow.pipeline.report_charts import Spread, binning, comparisons

@@ -9,6 +9,7 @@ import av
 import cv2
 import numpy as np
 import pytest
+
 from winnow.pipeline import samples
 from winnow.pipeline.drawing import Shot
 from winnow.pipeline.filming import Coding, encode

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from winnow.operators.errors import StorageError
 from winnow.pipeline.storage import LocalStorage, Storage, checked_key, glob_matcher
 

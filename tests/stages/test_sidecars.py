@@ -6,6 +6,7 @@ import json
 import random
 
 import pytest
+
 from winnow.operators.errors import StorageError
 from winnow.stages.sidecars import MULTIVIEW, PREDICT, SIDECAR_LIMIT, TRANSFER, read_sidecar
 

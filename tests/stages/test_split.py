@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -17,7 +19,7 @@ def test_a_long_shot_is_divided_evenly_without_losing_a_frame(length):
     spans = divide(Span(5, len(seconds)), seconds, len(seconds) / fps, 60.0)
     assert spans[0].start == 5
     assert spans[-1].end == len(seconds)
-    assert all(a.end == b.start for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a.end == b.start for a, b in pairwise(spans))
     assert max(len(s) for s in spans) <= 60 * fps
     assert max(len(s) for s in spans) - min(len(s) for s in spans) <= 1
 

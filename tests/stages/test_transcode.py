@@ -106,7 +106,14 @@ def test_an_uneven_frame_rate_becomes_constant(tmp_path):
 
 def test_odd_sizes_ten_bits_and_other_codecs_conform_afterwards(tmp_path):
     odd = [image[:143, :255] for image in barcode_frames(24)]
-    video = write_video(tmp_path / "v.mkv", odd, 24, "libx265", "yuv444p10le", options={"x265-params": "log-level=none"})
+    video = write_video(
+        tmp_path / "v.mkv",
+        odd,
+        24,
+        "libx265",
+        "yuv444p10le",
+        options={"x265-params": "log-level=none"},
+    )
     (clip,) = transcode(tmp_path, video, [Span(0, 24)])
     assert clip.failure is None
     made = probe(Path(clip.media.uri))
@@ -138,3 +145,15 @@ def test_a_clip_that_cannot_be_made_is_an_error_of_its_own(tmp_path):
     assert good.failure is None
     assert bad.failure is not None
     assert bad.failure.startswith("transcode:")
+
+
+@pytest.mark.parametrize("spans", [[Span(0, 12), Span(12, 30), Span(30, 40)], [Span(3, 33)]])
+def test_spans_of_an_uneven_frame_rate_hold_their_own_frames_and_no_others(tmp_path, spans):
+    times = [*range(0, 990, 33), *range(1000, 2000, 100)]
+    video = write_video(tmp_path / "v.mkv", barcode_frames(len(times)), 30, times=times)
+    for clip in transcode(tmp_path, video, spans):
+        assert clip.failure is None
+        numbers = read_numbers(Path(clip.media.uri))
+        assert set(numbers) <= set(range(clip.span.start, clip.span.end))
+        made = probe(Path(clip.media.uri))
+        assert made.duration_s == pytest.approx(clip.end_s - clip.start_s, abs=0.06)
