@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def measure(
 
     def receive(_: int, chunk: FrameChunk) -> None:
         for name, measurement in measurements.items():
-            timed(name, lambda measurement=measurement: measurement.update(chunk))
+            timed(name, partial(measurement.update, chunk))
 
     span = Span(0, view.frames)
     read_spans(path, [span], view.fps, union(operators), receive)

@@ -288,6 +288,48 @@ class ClipFrames:
         return chunk
 
 
+class SpanReader:
+    """Hands every span of one decode pass its frames, chunk by chunk.
+
+    `spans` are sorted and do not overlap. `receive(k, chunk)` gets the chunks of span k in order.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        fps: float,
+        needs: Needs,
+        receive: Callable[[int, FrameChunk], None],
+    ) -> None:
+        self._collectors = [ClipFrames(span, fps, needs) for span in spans]
+        self._fps = fps
+        self._receive = receive
+        self._current = 0
+
+    @property
+    def done(self) -> bool:
+        """Every span has all its frames."""
+        return self._current == len(self._collectors)
+
+    def see(self, number: int, frame: av.VideoFrame) -> None:
+        """Take the next frame of the file; `number` counts from its first."""
+        if self.done or number < self._collectors[self._current].span.start:
+            return
+        collector = self._collectors[self._current]
+        collector.add(frame, frame_seconds(frame, number, self._fps))
+        last = number + 1 == collector.span.end
+        if collector.full or last:
+            self._receive(self._current, collector.take())
+        self._current += last
+
+    def close(self) -> list[int]:
+        """Hand out what is left. Returns the number of frames that each span received."""
+        for k, collector in enumerate(self._collectors):
+            if collector.pending:
+                self._receive(k, collector.take())
+        return [collector.frames for collector in self._collectors]
+
+
 def read_spans(
     path: Path,
     spans: Sequence[Span],
@@ -297,31 +339,18 @@ def read_spans(
     *,
     threads: int = 1,
 ) -> list[int]:
-    """Decode a file once and hand every span its frames, chunk by chunk.
+    """Decode a file once for a `SpanReader`.
 
-    `spans` are sorted and do not overlap. `receive(k, chunk)` gets the chunks of span k in order.
     Returns the number of frames that each span received; fewer than its length means that the file
     ended early. Raises MediaError.
     """
-    collectors = [ClipFrames(span, fps, needs) for span in spans]
-    current = 0
-    for number, frame in enumerate(
-        decode(path, threads=threads, motion_vectors=needs.motion_vectors)
-    ):
-        if current == len(collectors):
+    reader = SpanReader(spans, fps, needs, receive)
+    frames = decode(path, threads=threads, motion_vectors=needs.motion_vectors)
+    for number, frame in enumerate(frames):
+        if reader.done:
             break
-        collector = collectors[current]
-        if number < collector.span.start:
-            continue
-        collector.add(frame, frame_seconds(frame, number, fps))
-        last = number + 1 == collector.span.end
-        if collector.full or last:
-            receive(current, collector.take())
-        current += last
-    for k, collector in enumerate(collectors):
-        if collector.pending:
-            receive(k, collector.take())
-    return [collector.frames for collector in collectors]
+        reader.see(number, frame)
+    return reader.close()
 
 
 def frame_seconds(frame: av.VideoFrame, number: int, fps: float) -> float:

@@ -8,7 +8,7 @@ see if it looked everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -105,6 +105,10 @@ class ShotScan:
     """Spans between the transitions; the frames of transitions are in none."""
 
 
+Listener = Callable[[int, av.VideoFrame], None]
+"""Is shown each frame with its number."""
+
+
 class _Watcher(Protocol):
     """Sees every frame once, then names the transitions."""
 
@@ -115,8 +119,15 @@ class _Watcher(Protocol):
     def finish(self) -> list[Transition]: ...
 
 
-def scan_shots(path: Path, detector: Detector, *, threads: int = 1) -> ShotScan:
-    """Decode a file once and find its shots.
+def scan_shots(
+    path: Path,
+    detector: Detector,
+    *,
+    threads: int = 1,
+    listener: Listener | None = None,
+    motion_vectors: bool = False,
+) -> ShotScan:
+    """Decode a file once and find its shots. A `listener` is shown every frame of the same pass.
 
     A file whose container opens but holds no decodable frame gives a scan of 0 frames. A transition
     that leaves fewer than 3 frames at either end of the file is not reported, nor (by `transnetv2`)
@@ -125,10 +136,14 @@ def scan_shots(path: Path, detector: Detector, *, threads: int = 1) -> ShotScan:
     """
     watcher = _watcher(detector, threads)
     clock = _Clock(path)
-    # Deblocking changes a 48x27 picture by a grey level and costs a fifth of decoding.
-    for frame in decode(path, threads=threads, draft=True):
+    # Deblocking changes a 48x27 picture by a grey level and costs a fifth of decoding: a draft is
+    # enough unless somebody else is looking.
+    frames = decode(path, threads=threads, draft=listener is None, motion_vectors=motion_vectors)
+    for number, frame in enumerate(frames):
         clock.see(frame)
         watcher.see(frame)
+        if listener is not None:
+            listener(number, frame)
     seconds = clock.seconds()
     transitions = watcher.finish()
     return ShotScan(

@@ -74,6 +74,9 @@ class SplitConfig(StageConfig):
     stage: Literal["split"]
     detector: Detector = Field(default_factory=TransNetV2Detector, discriminator="kind")
     longest_s: float = Field(60.0, gt=0, description="longer shots are divided")
+    measure_ahead: bool = Field(
+        True, description="one decode pass for split and the CPU filter after it, where that fits"
+    )
 
 
 class FilterConfig(StageConfig):

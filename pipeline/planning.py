@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from winnow.operators.errors import ConfigError
@@ -50,9 +51,20 @@ def make_plan(
         placements.append(_place(stage, _construct(stage, policy, files, media, lake)))
         if isinstance(stage, IngestConfig):
             placements.append(Placement(Claim(dict(claimed)), isolated=False))
+    _measure_ahead(config, placements)
     plan = Plan(config, policy, tuple(placements))
     check(plan)
     return plan
+
+
+def _measure_ahead(config: RunConfig, placements: list[Placement]) -> None:
+    """Let split measure for the filter stage right after it, where both run on the CPU."""
+    if not config.stage("split").measure_ahead:
+        return
+    for before, after in pairwise(placements):
+        split, following = before.stage, after.stage
+        if isinstance(split, Split) and isinstance(following, Filter) and not after.gpus:
+            split.ahead = following
 
 
 def check_config(config: RunConfig) -> Plan:

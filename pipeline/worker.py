@@ -47,6 +47,7 @@ class Worker:
     decides: bool = False
     """These are the last stages: the verdict follows them."""
     _evaluator: Evaluator | None = field(default=None, repr=False)
+    _ready: set[str] = field(default_factory=set, repr=False)
 
     @classmethod
     def of(cls, plan: Plan, first: int, last: int) -> Worker:
@@ -60,23 +61,37 @@ class Worker:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_evaluator": None}
+        return self.__dict__ | {"_evaluator": None, "_ready": set()}
+
+    def wants(self, source: Source) -> bool:
+        """Whether any of the stages has something to do for the source."""
+        return self.decides or (source.pending and any(s.wants(source) for s in self.stages))
+
+    @property
+    def evaluator(self) -> Evaluator:
+        if self._evaluator is None:
+            self._evaluator = Evaluator(self.policy, self.columns)
+        return self._evaluator
 
     def setup(self) -> None:
-        """Load what the stages need, once."""
-        if self._evaluator is None:
-            for stage in self.stages:
-                stage.setup()
-            self._evaluator = Evaluator(self.policy, self.columns)
+        """Set every stage up now, so that what is missing is said before any work."""
+        for stage in self.stages:
+            self._setup(stage)
+
+    def _setup(self, stage: Stage) -> None:
+        if stage.label not in self._ready:
+            stage.setup()
+            self._ready.add(stage.label)
 
     def __call__(self, source: Source) -> Source:
         """Take a source through the stages. Any error becomes the source's status."""
-        self.setup()
         written = set(self.earlier)
         for stage in self.stages:
             if not source.pending:
                 break
-            self._step(stage, source)
+            if stage.wants(source):
+                self._setup(stage)
+                self._step(stage, source)
             columns = {column.name.lower() for column in stage.columns()}
             written |= columns
             if columns and source.pending:
@@ -108,18 +123,16 @@ class Worker:
         source.seconds[stage.label] = source.seconds.get(stage.label, 0.0) + spent
 
     def _mark(self, source: Source, written: set[str]) -> None:
-        assert self._evaluator is not None
         clips = [clip for clip in source.clips if clip.alive]
-        judged = self._evaluator.rejects([policy_row(source, clip) for clip in clips], written)
+        judged = self.evaluator.rejects([policy_row(source, clip) for clip in clips], written)
         for clip, (rejecting, undecided) in zip(clips, judged, strict=True):
             clip.rejected = bool(rejecting or undecided)
 
     def decide(self, source: Source) -> None:
         """The verdict of every clip, from all its columns, by the one evaluator."""
-        assert self._evaluator is not None
         if source.pending:
             source.status = "done"
-        judged = self._evaluator.rejects([policy_row(source, clip) for clip in source.clips])
+        judged = self.evaluator.rejects([policy_row(source, clip) for clip in source.clips])
         for clip, (rejecting, undecided) in zip(source.clips, judged, strict=True):
             clip.decision = verdict(
                 rejecting,
@@ -130,10 +143,10 @@ class Worker:
             )
 
     def close(self) -> None:
-        if self._evaluator is not None:
-            for stage in self.stages:
+        for stage in self.stages:
+            if stage.label in self._ready:
                 stage.close()
-            self._evaluator = None
+        self._ready.clear()
 
 
 def verdict(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from winnow.operators.errors import MeasureError
-from winnow.operators.frames import read_spans
+from winnow.operators.frames import SpanReader, decode
 from winnow.operators.operator import (
     ClipView,
     Column,
@@ -127,29 +127,64 @@ class Filter(Stage):
         for operator in self.operators:
             operator.setup()
 
+    def wants(self, source: Source) -> bool:
+        return any(self._open(source))
+
+    def _open(self, source: Source) -> list[Clip]:
+        """The clips to measure: alive, and not measured ahead by split."""
+        written = [operator.error_column().name for operator in self.operators]
+        return [clip for clip in source.clips
+                if clip.alive and not all(name in clip.columns for name in written)]  # fmt: skip
+
     def process(self, source: Source) -> None:
-        clips = [clip for clip in source.clips if clip.alive]
-        if not clips or source.media is None:
+        clips = self._open(source)
+        if not clips:
             return
-        measurements = [ClipMeasurements(self.operators, _view(source, clip)) for clip in clips]
+        measuring = Measuring(self, source, clips)
         with self.files.local(source.key) as path:
-            received = read_spans(
-                path,
-                [clip.span for clip in clips],
-                source.media.fps,
-                merge_needs(self.operators),
-                lambda k, chunk: measurements[k].update(chunk),
-                threads=self.threads,
-            )
-        for clip, measurement, frames in zip(clips, measurements, received, strict=True):
+            for number, frame in enumerate(
+                decode(path, threads=self.threads, motion_vectors=measuring.needs.motion_vectors)
+            ):
+                if measuring.reader.done:
+                    break
+                measuring.reader.see(number, frame)
+        measuring.finish()
+
+
+class Measuring:
+    """One decode pass over a source, as the operators of a filter stage see it."""
+
+    def __init__(self, stage: Filter, source: Source, clips: Sequence[Clip]) -> None:
+        if source.media is None:
+            raise RuntimeError("a filter needs a source that ingest has probed")
+        self.needs = merge_needs(stage.operators)
+        self._stage, self._source, self._clips = stage, source, clips
+        self._measurements = [
+            ClipMeasurements(stage.operators, _view(source, clip)) for clip in clips
+        ]
+        self.reader = SpanReader(
+            [clip.span for clip in clips],
+            source.media.fps,
+            self.needs,
+            lambda k, chunk: self._measurements[k].update(chunk),
+        )
+
+    def finish(self) -> float:
+        """Write the columns into the clips. Returns the seconds that the operators took."""
+        total = 0.0
+        for clip, measurement, frames in zip(
+            self._clips, self._measurements, self.reader.close(), strict=True
+        ):
             if frames < len(clip.span):
                 measurement.fail_all(
                     f"only {frames} of the clip's {len(clip.span)} frames could be decoded"
                 )
             measurement.finish(clip)
             for name, seconds in measurement.seconds.items():
-                key = f"{self.label}/{name}"
-                source.seconds[key] = source.seconds.get(key, 0.0) + seconds
+                key = f"{self._stage.label}/{name}"
+                self._source.seconds[key] = self._source.seconds.get(key, 0.0) + seconds
+                total += seconds
+        return total
 
 
 def _view(source: Source, clip: Clip) -> ClipView:

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 
 from winnow.operators.errors import MediaError
 from winnow.operators.frames import Span
+from winnow.operators.media import MediaInfo
 from winnow.operators.operator import Column
-from winnow.operators.shots import Detector, scan_shots
+from winnow.operators.shots import Detector, ShotScan, scan_shots
+from winnow.stages.filter import Filter, Measuring
 from winnow.stages.records import Clip, Source, clip_identity
 from winnow.stages.stage import Files, Stage
 
@@ -50,7 +52,12 @@ def divide(span: Span, seconds: NDArray[np.float64], end_s: float, longest_s: fl
 
 @dataclass
 class Split(Stage):
-    """Finds shots and cuts them to length. Short shots stay as rows: the policy has a rule."""
+    """Finds shots and cuts them to length. Short shots stay as rows: the policy has a rule.
+
+    A generated video is nearly always one shot. With `ahead`, the filter stage that follows, a file
+    short enough to be one clip is measured in the same decode pass; should the detector then see
+    several shots, the measures are thrown away and the filter measures the clips in its own pass.
+    """
 
     name: ClassVar[str] = "split"
     files: Files
@@ -58,35 +65,66 @@ class Split(Stage):
     longest_s: float = 60.0
     threads: int = 1
     label: str = "split"
+    ahead: Filter | None = None
 
     def columns(self) -> tuple[Column, ...]:
         return COLUMNS
 
+    def setup(self) -> None:
+        if self.ahead is not None:
+            self.ahead.setup()
+
     def process(self, source: Source) -> None:
-        if source.media is None or source.source_id is None:
+        media, source_id = source.media, source.source_id
+        if media is None or source_id is None:
             raise RuntimeError("split needs a source that ingest has probed")
+        measuring, whole = None, self._whole(source_id, media)
+        if self.ahead is not None and whole is not None:
+            measuring = Measuring(self.ahead, source, [whole])
         with self.files.local(source.key) as path:
-            scan = scan_shots(path, self.detector, threads=self.threads)
+            scan = scan_shots(
+                path,
+                self.detector,
+                threads=self.threads,
+                listener=measuring.reader.see if measuring else None,
+                motion_vectors=measuring.needs.motion_vectors if measuring else False,
+            )
         if scan.frames == 0:
             raise MediaError("corrupt", "no frame of the video can be decoded")
-        if scan.frames < 0.9 * source.media.frames and source.media.frames - scan.frames > 2:
+        if scan.frames < 0.9 * media.frames and media.frames - scan.frames > 2:
             raise MediaError(
-                "corrupt",
-                f"only {scan.frames} of {source.media.frames} frames can be decoded",
+                "corrupt", f"only {scan.frames} of {media.frames} frames can be decoded"
             )
-        source.clips = list(self._clips(source.source_id, scan.shots, scan.seconds, source))
+        source.clips = list(self._clips(source_id, scan, media))
+        if measuring is not None and whole is not None and len(source.clips) == 1:
+            (clip,) = source.clips
+            if clip.span == whole.span:
+                measured = measuring.finish()
+                clip.columns |= whole.columns
+                clip.vectors |= whole.vectors
+                # The operators' time is the filter's, not the shot detector's.
+                self._book(source, measured)
 
-    def _clips(
-        self, source_id: str, shots: list[Span], seconds: NDArray[np.float64], source: Source
-    ) -> Iterator[Clip]:
-        assert source.media is not None
-        frame_s = 1.0 / source.media.fps if source.media.fps > 0 else 0.0
+    def _book(self, source: Source, measured: float) -> None:
+        assert self.ahead is not None
+        source.seconds[self.ahead.label] = source.seconds.get(self.ahead.label, 0.0) + measured
+        source.seconds[self.label] = source.seconds.get(self.label, 0.0) - measured
+
+    def _whole(self, source_id: str, media: MediaInfo) -> Clip | None:
+        """The file as one clip, where it is short enough to be one."""
+        if media.frames <= 0 or media.duration_s > self.longest_s:
+            return None
+        span = Span(0, media.frames)
+        return Clip(clip_identity(source_id, span), span, 0.0, media.duration_s)
+
+    def _clips(self, source_id: str, scan: ShotScan, media: MediaInfo) -> Iterator[Clip]:
+        frame_s = 1.0 / media.fps if media.fps > 0 else 0.0
         # The container knows how long the last frame is shown, which matters at an uneven rate.
-        known = source.media.duration_s
-        end_s = known if known > float(seconds[-1]) else float(seconds[-1]) + frame_s
-        bounds = np.append(seconds, end_s)
-        for index, shot in enumerate(shots):
-            for span in divide(shot, seconds, end_s, self.longest_s):
+        last = float(scan.seconds[-1])
+        end_s = media.duration_s if media.duration_s > last else last + frame_s
+        bounds = np.append(scan.seconds, end_s)
+        for index, shot in enumerate(scan.shots):
+            for span in divide(shot, scan.seconds, end_s, self.longest_s):
                 start, end = float(bounds[span.start]), float(bounds[span.end])
                 yield Clip(
                     clip_id=clip_identity(source_id, span),
@@ -96,7 +134,7 @@ class Split(Stage):
                     columns={
                         "duration_s": round(end - start, 6),
                         "clip_frames": len(span),
-                        "shots_in_source": len(shots),
+                        "shots_in_source": len(scan.shots),
                         "shot_index": index,
                     },
                 )

@@ -58,6 +58,10 @@ class Stage(ABC):
     def setup(self) -> None:  # noqa: B027 - optional hook
         """Load models, open connections. Called once in the process that does the work."""
 
+    def wants(self, source: Source) -> bool:
+        """There is something to do for this source. Until one is wanted, nothing is set up."""
+        return True
+
     @abstractmethod
     def process(self, source: Source) -> None:
         """Do the step, in place. Raises MediaError where the whole source cannot be used."""

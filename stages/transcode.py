@@ -62,6 +62,9 @@ class Transcode(Stage):
     def setup(self) -> None:
         self.encoder = choose_encoder(self.encoder)
 
+    def wants(self, source: Source) -> bool:
+        return any(clip.alive for clip in source.clips)
+
     def process(self, source: Source) -> None:
         clips = [clip for clip in source.clips if clip.alive]
         if not clips or source.media is None:

@@ -37,7 +37,7 @@ def run_inline(plan: Plan, sources: Iterable[Source]) -> Iterator[Source]:
         number = 0
         for worker, isolated, _ in segments:
             if isolated:
-                stream = _parallel(pool, number, stream, window=4 * processes)
+                stream = _parallel(pool, number, worker, stream, window=4 * processes)
                 number += 1
             else:
                 here.append(worker)
@@ -64,12 +64,13 @@ def _segments(plan: Plan) -> list[tuple[Worker, bool, float]]:
 
 
 def _parallel(
-    pool: IsolatedWorkers, segment: int, stream: Iterator[Source], window: int
+    pool: IsolatedWorkers, segment: int, worker: Worker, stream: Iterator[Source], window: int
 ) -> Iterator[Source]:
     pending: deque[Pending | Source] = deque()
     for source in stream:
         # A source that is settled (failed, copy) has nothing to do in a child.
-        pending.append(pool.submit(segment, source) if source.pending else source)
+        work = worker.wants(source)
+        pending.append(pool.submit(segment, source) if work else source)
         if len(pending) >= window:
             yield _result(pending.popleft())
     while pending:

@@ -38,7 +38,7 @@ class StageActor:
         return pack([self._one(source) for source in unpack(batch)])
 
     def _one(self, source: Source) -> Source:
-        if self._children is not None and source.pending:
+        if self._children is not None and self._worker.wants(source):
             return self._children.submit(0, source).result()
         return self._worker(source)
 
