@@ -17,7 +17,7 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
-from winnow.operators.errors import MediaError, WorkerError
+from winnow.operators.errors import MediaError
 from winnow.pipeline.worker import Worker
 from winnow.stages.records import Source
 
@@ -59,6 +59,7 @@ class IsolatedWorkers:
     ) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self._attempts = attempts
+        self._processes = processes
         self._timeouts = timeouts
         self._workers = workers
         self._pool: Any = ProcessPool(
@@ -69,17 +70,14 @@ class IsolatedWorkers:
             context=multiprocessing.get_context("spawn"),
         )
 
-    def setup(self, segment: int) -> None:
-        """Set the stages up in one child now, so that what is missing is said before work starts.
+    def warm_up(self) -> None:
+        """Let a child start and load its stages while nothing has come to do yet.
 
-        Raises WinnowError as the stages do, WorkerError where the child dies.
+        Nobody waits for it: what goes wrong here goes wrong again, and is told, with the first source.
         """
-        try:
-            self._pool.schedule(_setup, args=[segment]).result()
-        except ProcessExpired as error:
-            raise WorkerError(
-                f"a worker process died while it loaded its stages: {error}"
-            ) from error
+        for segment in range(len(self._workers)):
+            for _ in range(self._processes):
+                self._pool.schedule(_setup, args=[segment])
 
     def submit(self, segment: int, source: Source) -> Pending:
         return Pending(self, segment, source)

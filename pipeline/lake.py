@@ -11,15 +11,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.dataset as pads
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from winnow.operators.errors import LakeError
 from winnow.operators.operator import Column
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as pads  # imports pandas, which takes a second and a half
 
 _TIME = pa.timestamp("us", "UTC")
 _STRINGS = pa.list_(pa.string())

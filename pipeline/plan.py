@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 from winnow.operators.operator import Column
 from winnow.pipeline.config import RunConfig
@@ -26,6 +27,44 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Consecutive stages that one worker carries out: [first, last) of the plan."""
+
+    first: int
+    last: int
+    placements: tuple[Placement, ...]
+
+    @property
+    def isolated(self) -> bool:
+        return self.placements[0].isolated
+
+    @property
+    def single(self) -> bool:
+        """One worker does it all, in order."""
+        return self.workers_max == 1
+
+    @property
+    def timeout_s(self) -> float:
+        return sum(placement.timeout_s for placement in self.placements)
+
+    @property
+    def cpus(self) -> float:
+        return max(placement.cpus for placement in self.placements)
+
+    @property
+    def gpus(self) -> float:
+        return self.placements[0].gpus
+
+    @property
+    def workers_min(self) -> int:
+        return max(placement.workers_min for placement in self.placements)
+
+    @property
+    def workers_max(self) -> int:
+        return max(placement.workers_max for placement in self.placements)
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that a run will do, checked before anything is read."""
 
@@ -36,6 +75,20 @@ class Plan:
     @property
     def stages(self) -> tuple[Stage, ...]:
         return tuple(placement.stage for placement in self.placements)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Neighbours share a worker where they need the same: fewer processes, fewer hand-overs."""
+
+        def needs(item: tuple[int, Placement]) -> tuple[bool, float]:
+            return item[1].isolated, item[1].gpus
+
+        segments = []
+        for _, group in groupby(enumerate(self.placements), key=needs):
+            members = list(group)
+            placements = tuple(placement for _, placement in members)
+            segments.append(Segment(members[0][0], members[-1][0] + 1, placements))
+        return tuple(segments)
 
     @property
     def clip_columns(self) -> tuple[Column, ...]:

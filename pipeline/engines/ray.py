@@ -1,5 +1,6 @@
-"""The ray engine: Ray Data. Each stage is an actor pool that grows and shrinks with its load.
+"""The ray engine: Ray Data. Stages are actor pools that grow and shrink with their load.
 
+Neighbouring stages that need the same share an actor (`Plan.segments`).
 Order is preserved, because the stages that own state (claim, dedup) and the commit depend on it.
 Rows between stages are pickled records of a few kilobytes. Inside an actor, work on media happens in
 a child process, so that a poisonous file costs neither the actor nor a retry of its whole block.
@@ -7,40 +8,75 @@ a child process, so that a poisonous file costs neither the actor nor a retry of
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
 import pickle
+import sys
+import threading
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from winnow.operators.errors import WorkerError
 from winnow.pipeline.isolation import IsolatedWorkers
-from winnow.pipeline.plan import Placement, Plan
+from winnow.pipeline.plan import Plan, Segment
 from winnow.pipeline.worker import Worker
 from winnow.stages.records import Source
 
 Batch = dict[str, Any]
 
+# An actor costs Ray seconds of CPU time to start and some 250 MB; a child process a third of that.
+PROCESSES_PER_ACTOR = 4
+
+
+class Step:
+    """A segment of the plan in an actor: in child processes, or in the actor itself."""
+
+    def __init__(self, worker: Worker, segment: Segment, plan: Plan) -> None:
+        self.worker = worker
+        self.isolated = segment.isolated and plan.config.isolate
+        self.processes = min(PROCESSES_PER_ACTOR, segment.workers_max) if not segment.gpus else 1
+        self.timeout_s = segment.timeout_s
+        self.attempts = plan.config.attempts
+        self._children: IsolatedWorkers | None = None
+
+    def start(self) -> None:
+        if self.isolated:
+            # A child would import the script that this process runs, which is Ray's and heavy.
+            vars(sys.modules["__main__"]).pop("__file__", None)
+            self._children = IsolatedWorkers(
+                [self.worker], self.processes, [self.timeout_s], self.attempts
+            )
+            self._children.warm_up()
+
+    def __call__(self, sources: Sequence[Source]) -> list[Source]:
+        if self._children is None:
+            return [self.worker(source) for source in sources]
+        pending = [
+            self._children.submit(0, source) if self.worker.wants(source) else source
+            for source in sources
+        ]
+        # What a worker does not want it only passes on, with the policy's mark.
+        return [self.worker(p) if isinstance(p, Source) else p.result() for p in pending]
+
 
 class StageActor:
-    """One stage in one Ray actor."""
+    """Neighbouring segments in one Ray actor."""
 
-    def __init__(self, worker: Worker, *, isolated: bool, timeout_s: float, attempts: int) -> None:
-        self._worker = worker
-        self._children: IsolatedWorkers | None = None
-        if isolated:
-            self._children = IsolatedWorkers([worker], 1, [timeout_s], attempts)
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self._steps = steps
+        for step in steps:
+            step.start()
 
     def __call__(self, batch: Batch) -> Batch:
-        return pack([self._one(source) for source in unpack(batch)])
-
-    def _one(self, source: Source) -> Source:
-        if self._children is not None and self._worker.wants(source):
-            return self._children.submit(0, source).result()
-        return self._worker(source)
+        sources = unpack(batch)
+        for step in self._steps:
+            sources = step(sources)
+        return pack(sources)
 
 
 def pack(sources: Sequence[Source]) -> Batch:
@@ -53,64 +89,102 @@ def unpack(batch: Batch) -> list[Source]:
     return [pickle.loads(record) for record in batch["record"]]
 
 
-def run_ray(plan: Plan, sources: Sequence[Source], address: str | None = None) -> Iterator[Source]:
-    """Take sources through the plan on Ray, and give them back in order."""
-    import ray
-    from ray.data import ActorPoolStrategy, DataContext
+class RayEngine:
+    """Ray, connected or started here, for the time of a `with` block."""
 
-    started = _start(address, plan)
-    try:
-        context = DataContext.get_current()
-        context.execution_options.preserve_order = True
-        context.enable_progress_bars = False
-        workers = max((p.workers_max for p in plan.placements), default=1)
-        block = max(1, min(16, math.ceil(len(sources) / (8 * workers))))
-        blocks = max(1, math.ceil(len(sources) / block))
-        rows = [{"record": record} for record in pack(sources)["record"]]
-        dataset: Any = ray.data.from_items(rows, override_num_blocks=blocks)
-        for number, placement in enumerate(plan.placements):
-            dataset = dataset.map_batches(
-                StageActor,
-                fn_constructor_args=(Worker.of(plan, number, number + 1),),
-                fn_constructor_kwargs={
-                    "isolated": placement.isolated and plan.config.isolate,
-                    "timeout_s": placement.timeout_s,
-                    "attempts": plan.config.attempts,
-                },
-                batch_size=None,
-                compute=_pool(placement, ActorPoolStrategy),
-                num_cpus=placement.cpus,
-                **({"num_gpus": placement.gpus} if placement.gpus else {}),
+    def __init__(self, address: str | None, stages: int) -> None:
+        self._address = address
+        self._stages = stages
+        self._ours = False
+
+    def __enter__(self) -> RayEngine:
+        # Starting Ray is waiting for other processes; importing Ray Data is work for this one.
+        importing = threading.Thread(target=importlib.import_module, args=("ray.data",))
+        importing.start()
+        import ray
+
+        if not ray.is_initialized():
+            self._ours = True
+            ray.init(
+                address=self._address or "local",
+                # With every pool at its least there must be CPUs left, or the stream stands still
+                # with some pools waiting for what others hold. The shares are Ray's book-keeping:
+                # the system's scheduler shares the cores.
+                num_cpus=None if self._address else (os.cpu_count() or 1) + 2 * self._stages,
+                include_dashboard=None if self._address else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
             )
-        for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):
-            yield from unpack(batch)
-    except ray.exceptions.RayError as error:
-        raise WorkerError(f"Ray could not carry out the plan: {error}") from error
-    finally:
-        if started:
+        importing.join()
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            import ray
+
             ray.shutdown()
 
+    def run(self, plan: Plan, sources: Sequence[Source]) -> Iterator[Source]:
+        """Take sources through the plan, and give them back in order."""
+        import ray
 
-def _pool(placement: Placement, strategy: Any) -> Any:
-    if placement.workers_min == placement.workers_max:
-        return strategy(size=placement.workers_max)
-    return strategy(min_size=placement.workers_min, max_size=placement.workers_max)
+        try:
+            yield from _stream(plan, sources)
+        except ray.exceptions.RayError as error:
+            raise WorkerError(f"Ray could not carry out the plan: {error}") from error
 
 
-def _start(address: str | None, plan: Plan) -> bool:
-    """Connect to a cluster, or start Ray here. True where it must be shut down again."""
+def _stream(plan: Plan, sources: Sequence[Source]) -> Iterator[Source]:
     import ray
+    from ray.data import DataContext
 
-    if ray.is_initialized():
-        return False
-    if address:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        return True
-    # Every pool must be able to hold its least number of actors at once, or the stream stands still
-    # with some pools waiting for CPUs that others hold.
-    needed = sum(p.cpus * p.workers_min for p in plan.placements)
-    cpus = max(os.cpu_count() or 1, math.ceil(needed))
-    ray.init(
-        num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    workers = max(segment.workers_max for segment in plan.segments)
+    block = max(1, min(16, len(sources) // (8 * workers)))
+    rows = [{"record": record} for record in pack(sources)["record"]]
+    blocks = math.ceil(len(sources) / block)
+    dataset: Any = ray.data.from_items(rows, override_num_blocks=blocks)
+    for segments in _actors(plan):
+        steps = [Step(Worker.of(plan, s.first, s.last), s, plan) for s in segments]
+        dataset = dataset.map_batches(
+            StageActor,
+            fn_constructor_args=(steps,),
+            batch_size=None,
+            **_means(segments, steps),
+        )
+    for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):
+        yield from unpack(batch)
+
+
+def _actors(plan: Plan) -> list[list[Segment]]:
+    """The segments by actor: neighbours that are one worker each share one, in order all the same."""
+    actors: list[list[Segment]] = []
+    for single, group in groupby(plan.segments, key=lambda s: s.single and not s.gpus):
+        members = list(group)
+        actors += [members] if single else [[segment] for segment in members]
+    return actors
+
+
+def _means(segments: Sequence[Segment], steps: Sequence[Step]) -> dict[str, Any]:
+    """Ray's resources of a pool of such actors, each holding some workers."""
+    from ray.data import ActorPoolStrategy
+
+    each = steps[0].processes
+    least = math.ceil(max(s.workers_min for s in segments) / each)
+    most = math.ceil(max(s.workers_max for s in segments) / each)
+    means: dict[str, Any] = {"num_cpus": each * max(s.cpus for s in segments)}
+    if gpus := max(s.gpus for s in segments):
+        means["num_gpus"] = gpus
+    size: dict[str, Any] = (
+        {"size": most} if least == most else {"min_size": least, "max_size": most}
     )
-    return True
+    if len(steps) == 1 and steps[0].isolated:
+        # While the last source of one block is at work, the other children begin the next.
+        size["max_concurrent_calls_per_actor"] = 2
+        size["max_tasks_in_flight_per_actor"] = 4
+        size["enable_true_multi_threading"] = True
+    return means | {"compute": ActorPoolStrategy(**size)}
