@@ -7,6 +7,7 @@ applied.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,9 +25,13 @@ from winnow.operators.operator import FrameChunk, Needs, Sample, Sampling
 
 SMALL_LONG_SIDE = 160
 CHUNK_FRAMES = 32
+CHUNK_BYTES = 16 * 2**20
+"""A chunk ends early when what it holds beside small luma (vectors, samples) grows beyond this."""
 
 # A local file only: no playlist or reference inside an untrusted file may open anything else.
 OPEN_OPTIONS = {"protocol_whitelist": "file"}
+
+_HELD_BYTES = 96 * 2**20
 
 # Planar formats whose first plane is luma, by bits; others go through a conversion to gray.
 _LUMA_SHIFT = {
@@ -217,7 +222,15 @@ def decode(path: Path, *, threads: int = 1, motion_vectors: bool = False, draft:
     )
     with container:
         try:
-            yield from container.decode(stream)
+            held = 0
+            for frame in container.decode(stream):
+                yield frame
+                # A frame whose side data was looked at refers to itself (PyAV 18): only the cycle
+                # collector frees its megabytes, and left alone it comes hundreds of frames later.
+                held += frame.width * frame.height * 3 // 2
+                if motion_vectors and held > _HELD_BYTES:
+                    gc.collect()
+                    held = 0
         except av.error.FFmpegError as error:
             raise MediaError("corrupt", f"decoding failed: {error.strerror}") from error
 
@@ -243,6 +256,7 @@ class ClipFrames:
         self._luma: list[NDArray[np.uint8]] = []
         self._vectors: list[NDArray[Any] | None] = []
         self._samples: dict[Sampling, list[Sample]] = {s: [] for s in self._wanted}
+        self._bytes = 0
 
     def add(self, frame: av.VideoFrame, seconds: float) -> None:
         """Take the next frame of the span; `seconds` is its time in the source."""
@@ -254,16 +268,19 @@ class ClipFrames:
         if self._needs.luma:
             self._luma.append(small_luma(frame))
         if self._needs.motion_vectors:
-            self._vectors.append(frame_vectors(frame))
+            vectors = frame_vectors(frame)
+            self._vectors.append(vectors)
+            self._bytes += 0 if vectors is None else vectors.nbytes
         for sampling, wanted in self._wanted.items():
             if self._next in wanted:
                 image = sample_image(frame, sampling)
                 self._samples[sampling].append(Sample(self._next, relative, image))
+                self._bytes += image.nbytes
         self._next += 1
 
     @property
     def full(self) -> bool:
-        return len(self._seconds) >= CHUNK_FRAMES
+        return len(self._seconds) >= CHUNK_FRAMES or self._bytes >= CHUNK_BYTES
 
     @property
     def pending(self) -> bool:

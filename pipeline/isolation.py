@@ -6,6 +6,7 @@ again in a fresh one, and then quarantined with kind `crashed` or `timeout`.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -49,6 +50,7 @@ def _work(segment: int, source: Source) -> Source:
 
 def _setup(segment: int) -> None:
     _workers[segment].setup()
+    gc.freeze()  # what is loaded now stays: collections while decoding need not walk it again
 
 
 class IsolatedWorkers:
