@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from winnow.operators.errors import ConfigError
 from winnow.operators.operator import Operator
 from winnow.operators.registry import all_operators
 from winnow.pipeline.config import RunConfig
@@ -79,3 +81,20 @@ def operators_markdown() -> str:
         vectors = "".join(f", vector `{model}`" for model in operator["embeddings"])
         lines.append(f"| `{operator['name']}` | {operator['summary']} | {names}{vectors} |")
     return "\n".join(lines) + "\n"
+
+
+def update_readme(path: Path) -> bool:
+    """Write the table of operators between its marks in a README. True where it changed."""
+    text = path.read_text("utf-8")
+    head, begin, rest = text.partition("<!-- operators:")
+    mark, _, rest = rest.partition("\n")
+    _, end, tail = rest.partition("<!-- end of operators -->")
+    if not begin or not end:
+        raise ConfigError(f"{path} has no marks for the table of operators")
+    new = f"{head}{begin}{mark}\n{operators_markdown()}{end}{tail}"
+    path.write_text(new, "utf-8")
+    return new != text
+
+
+if __name__ == "__main__":
+    update_readme(Path("README.md"))

@@ -7,6 +7,7 @@ at any time. A collection holds the kept clips of one embedding model under one 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,8 @@ class MilvusIndex:
         """Connect, and create the collection where `dimensions` is given and it is missing."""
         from pymilvus import MilvusClient
 
+        # It warns of what milvus-lite lacks and does not need (a server's clock for iterators).
+        logging.getLogger("pymilvus").setLevel(logging.ERROR)
         if "://" not in self.uri:
             Path(self.uri).parent.mkdir(parents=True, exist_ok=True)
         with _explained(self.uri):
@@ -178,7 +181,11 @@ class OpenKeptIndex:
 
     @property
     def collection(self) -> str:
-        return "kept_" + re.sub(r"\W", "_", f"{self.embedding}__{self.policy}")
+        name = "kept_" + re.sub(r"\W", "_", f"{self.embedding}__{self.policy}")
+        if "://" not in self.uri:
+            return name
+        # A server may be shared by several lakes.
+        return f"{name}__{hashlib.sha256(self.lake.uri.encode()).hexdigest()[:12]}"
 
     def __call__(self) -> MilvusIndex:
         index = MilvusIndex(self.uri, self.collection, self.token)

@@ -99,6 +99,8 @@ class RayEngine:
 
     def __enter__(self) -> RayEngine:
         # Starting Ray is waiting for other processes; importing Ray Data is work for this one.
+        # Its C++ core complains on stderr of how Ray Data starts its own actors.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         importing = threading.Thread(target=importlib.import_module, args=("ray.data",))
         importing.start()
         import ray

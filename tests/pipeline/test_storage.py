@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import pickle
 import re
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,38 +23,6 @@ AWKWARD = (
     "sub folder/A_spoon's_soup,_1.MP4",
     "🎬/x.mp4",
 )
-
-
-@pytest.fixture(scope="session")
-def s3():
-    """Options for an S3 server of our own; one bucket."""
-    if importlib.util.find_spec("moto") is None:
-        pytest.skip("moto[server] is not installed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                request = urllib.request.Request(f"{url}/bucket", method="PUT")
-                urllib.request.urlopen(request, timeout=10).close()
-                break
-            except OSError:
-                assert time.monotonic() < deadline, "moto's server does not answer"
-                time.sleep(0.1)
-        yield {
-            "AWS_ENDPOINT": url, "AWS_REGION": "us-east-1", "AWS_ALLOW_HTTP": "true",
-            "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-        }  # fmt: skip
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
 
 
 @pytest.fixture(params=["local", "s3"])
