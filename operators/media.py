@@ -17,22 +17,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 import av
 import numpy as np
 from av.video.reformatter import ColorTrc
 from numpy.typing import NDArray
 
+from winnow.operators.containers import check_whole, family_of
 from winnow.operators.errors import MediaError
 from winnow.operators.frames import OPEN_OPTIONS, video_stream
 
 # The audio containers are here so that they are called `no_video` and not `not_video`.
-CONTAINERS = (
+_CONTAINERS = (
     "mov", "matroska", "avi", "flv", "mpegts", "mpeg", "ogg", "asf", "ivf", "nut", "mxf", "gif",
     "yuv4mpegpipe", "wav", "flac", "mp3", "aac",
 )  # fmt: skip
-MAX_PICTURE = 2**28
+_MAX_PICTURE = 2**28
 """Pixels of a picture that is decoded at all, where no limit is set: about 16k by 16k."""
 _FIRST_PICTURE_PACKETS = 300
 _RANGES = {1: "limited", 2: "full"}
@@ -141,11 +142,11 @@ def probe(path: Path, limits: Limits | None = None) -> MediaInfo:
         check(None, size, limits)
         if size == 0:
             raise MediaError("empty", "the file has no bytes")
-        family = _family(file)
-        _check_whole(family, file, size)
+        family = family_of(file)
+        check_whole(family, file, size)
     try:
         with _open(path, family) as container:
-            return _probe(container, family, limits.max_pixels or MAX_PICTURE)
+            return _probe(container, family, limits.max_pixels or _MAX_PICTURE)
     except _NONSENSE as error:
         raise MediaError("corrupt", f"reading failed: {_reason(error)}") from error
 
@@ -154,7 +155,7 @@ def packet_sizes(path: Path) -> list[int]:
     """Bytes of each packet of the first video stream in file order: a fingerprint of a stream
     that survives a change of container. Raises MediaError."""
     with _reading(path), path.open("rb") as file:
-        family = _family(file)
+        family = family_of(file)
     try:
         with _open(path, family) as container:
             return [
@@ -179,7 +180,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _open(path: Path, family: str | None) -> av.container.InputContainer:
-    options = {**OPEN_OPTIONS, "format_whitelist": ",".join(CONTAINERS)}
+    options = {**OPEN_OPTIONS, "format_whitelist": ",".join(_CONTAINERS)}
     try:
         # The prefix keeps FFmpeg from reading a protocol into a name such as "data:x.mp4".
         return av.open(f"file:{path}", options=options, metadata_errors="replace")
@@ -294,7 +295,7 @@ def _describe(
     width, height = picture.width, picture.height
     aspect = stream.sample_aspect_ratio or codec.sample_aspect_ratio
     pixel_aspect = float(aspect) if aspect and aspect > 0 else 1.0
-    clock = read_clock(packets.times, packets.last[1], stream)
+    clock = _read_clock(packets.times, packets.last[1], stream)
     start_s = 0.0
     if clock.first is not None and container.start_time is not None:
         start_s = float(clock.first - Fraction(container.start_time, av.time_base))
@@ -342,7 +343,7 @@ def _codec_name(stream: av.AudioStream) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Clock:
+class _Clock:
     """The time of a stream's pictures: when the first is shown, how often, how long."""
 
     first: Fraction | None
@@ -351,7 +352,7 @@ class Clock:
     duration_s: float
 
 
-def read_clock(times: NDArray[np.int64], last_duration: int, stream: av.VideoStream) -> Clock:
+def _read_clock(times: NDArray[np.int64], last_duration: int, stream: av.VideoStream) -> _Clock:
     """The clock of a stream whose pictures are shown at `times` (sorted, in ticks).
 
     `last_duration` is that of the last picture in ticks, 0 where the container does not say.
@@ -375,12 +376,12 @@ def read_clock(times: NDArray[np.int64], last_duration: int, stream: av.VideoStr
         fits = (r for r in [*declared, *simple] if _keeps_time(times, float(r * tick), rounding))
         rate = next(fits, rate)
     end = last + (last_duration if last_duration > 0 else round(step))
-    return Clock(first * tick, rate, variable, float((end - first) * tick))
+    return _Clock(first * tick, rate, variable, float((end - first) * tick))
 
 
 def _declared_clock(
     times: NDArray[np.int64], last_duration: int, tick: Fraction, declared: list[Fraction]
-) -> Clock:
+) -> _Clock:
     """The clock where there are no two times to compare: one picture, or no times at all."""
     length = last_duration * tick if last_duration > 0 else None
     rates = declared + ([1 / length] if length else [])
@@ -389,7 +390,7 @@ def _declared_clock(
     pictures = max(1, len(times))
     duration = length if length and pictures == 1 else pictures / rates[0]
     first = int(times[0]) * tick if len(times) else None
-    return Clock(first, rates[0], False, float(duration))
+    return _Clock(first, rates[0], False, float(duration))
 
 
 def _keeps_time(times: NDArray[np.int64], per_tick: float, rounding: float) -> bool:
@@ -398,146 +399,3 @@ def _keeps_time(times: NDArray[np.int64], per_tick: float, rounding: float) -> b
         return False
     drift = (times - times[0]).astype(np.float64) - np.arange(len(times)) / per_tick
     return bool(np.ptp(drift) <= rounding + 0.01)
-
-
-# ------------------------------------------------------------------------------------ whole files
-
-_BOXES_AT_START = frozenset(
-    {b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"wide", b"free", b"skip"}
-)
-_BOXES_OF_BOXES = frozenset(
-    {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"moof", b"traf"}
-)
-_MOST_BOXES = 1_000_000
-_MOST_INDEX_ENTRIES = 50_000_000
-_EBML, _SEGMENT = 0x1A45DFA3, 0x18538067
-
-
-def _family(file: BinaryIO) -> str | None:
-    """The container by its first bytes, for the containers that tell their own length."""
-    file.seek(0)
-    head = file.read(64)
-    if head[4:8] in _BOXES_AT_START:
-        return "mp4" if head[4:8] == b"ftyp" and head[8:12] != b"qt  " else "mov"
-    if head[:4] == _EBML.to_bytes(4, "big"):
-        return "webm" if b"webm" in head else "matroska"
-    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
-        return "avi"
-    return None
-
-
-def _check_whole(family: str | None, file: BinaryIO, size: int) -> None:
-    """Raise MediaError (truncated, corrupt) where the file's own structure goes beyond its end.
-
-    Checked before FFmpeg sees the file: it would make an index of whatever length a header claims.
-    """
-    if family in ("mp4", "mov"):
-        _check_boxes(file, size)
-    elif family in ("matroska", "webm"):
-        _check_segment(file, size)
-    elif family == "avi":
-        _check_riff(file, size)
-
-
-def _truncated(declared: int, size: int) -> MediaError:
-    return MediaError("truncated", f"the file has {size} bytes, its structure needs {declared}")
-
-
-def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """(type, start of content, end) of the boxes of ISO 14496-12 in a range of a file."""
-    while start + 8 <= end:
-        file.seek(start)
-        header = file.read(16)
-        length, content = int.from_bytes(header[:4], "big"), start + 8
-        if length == 1:
-            length, content = int.from_bytes(header[8:16], "big"), start + 16
-        elif length == 0:
-            length = end - start
-        if start + length < content:
-            return
-        yield header[4:8], content, start + length
-        start += length
-
-
-def _check_boxes(file: BinaryIO, size: int) -> None:
-    count = samples = edits = 0
-    described = False
-    stack = [_boxes(file, 0, size)]
-    while stack:
-        box = next(stack[-1], None)
-        if box is None:
-            stack.pop()
-            continue
-        kind, content, end = box
-        count += 1
-        described |= kind == b"moov"
-        # Only what belongs to the film: some writers leave rubbish behind it.
-        if end > size and kind in (b"ftyp", b"moov", b"moof", b"mdat"):
-            raise _truncated(end, size)
-        if kind in _BOXES_OF_BOXES and len(stack) < 8:
-            stack.append(_boxes(file, content, min(end, size)))
-        elif kind in (b"stsz", b"trun"):
-            samples += _samples(file, content, kind, size)
-        elif kind == b"elst":
-            file.seek(content + 4)
-            edits += int.from_bytes(file.read(4), "big")
-        # FFmpeg makes an index entry for every sample of every edit.
-        if count > _MOST_BOXES or samples * max(1, edits) > _MOST_INDEX_ENTRIES:
-            raise MediaError("corrupt", "the index is larger than that of any video")
-    if not described:
-        raise MediaError("truncated", "the file ends before its index (no moov box)")
-
-
-def _samples(file: BinaryIO, content: int, kind: bytes, size: int) -> int:
-    """How many samples an stsz or trun box announces; no file holds more of them than bytes."""
-    file.seek(content + 4)
-    first, second = (int.from_bytes(file.read(4), "big") for _ in range(2))
-    samples, each = (second, max(1, first)) if kind == b"stsz" else (first, 1)
-    if samples * each > size:
-        raise _truncated(samples * each, size)
-    return samples
-
-
-def _check_segment(file: BinaryIO, size: int) -> None:
-    """Matroska: an EBML header, then the segment, whose length is all ones while it is written."""
-    position = 0
-    for _ in range(8):
-        file.seek(position)
-        head = file.read(12)
-        identity, after = _ebml_number(head, 0, marked=True)
-        length, content = _ebml_number(head, after, marked=False)
-        if identity is None or length is None:
-            break
-        unknown = length == 2 ** (7 * (content - after)) - 1
-        if not unknown and position + content + length > size:
-            raise _truncated(position + content + length, size)
-        if identity == _SEGMENT:
-            return
-        position += content + length
-    raise MediaError("truncated", "the file ends before its content (no segment)")
-
-
-def _ebml_number(data: bytes, start: int, *, marked: bool) -> tuple[int | None, int]:
-    """A number of variable length (RFC 8794, 4) and where it ends; `marked`: with marker bit."""
-    if start >= len(data) or data[start] == 0:
-        return None, start
-    length = 9 - data[start].bit_length()
-    raw = data[start : start + length]
-    if len(raw) < length:
-        return None, start
-    number = int.from_bytes(raw, "big")
-    return (number if marked else number - (1 << 7 * length)), start + length
-
-
-def _check_riff(file: BinaryIO, size: int) -> None:
-    """AVI: one RIFF chunk, more for files above a gigabyte; a length of 0 was never filled in."""
-    position = 0
-    while position + 12 <= size:
-        file.seek(position)
-        head = file.read(8)
-        length = int.from_bytes(head[4:], "little")
-        if head[:4] != b"RIFF" or length == 0:
-            return
-        if position + 8 + length > size:
-            raise _truncated(position + 8 + length, size)
-        position += 8 + length + length % 2

@@ -16,6 +16,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import DeltaError, TableNotFoundError
+from tenacity import (
+    RetryError,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_exponential_jitter,
+)
 
 from winnow.operators.errors import LakeError
 from winnow.operators.operator import Column
@@ -23,6 +30,7 @@ from winnow.operators.operator import Column
 if TYPE_CHECKING:
     import pyarrow.dataset as pads  # imports pandas, which takes a second and a half
 
+WRITE_TRIES = 5
 _TIME = pa.timestamp("us", "UTC")
 _STRINGS = pa.list_(pa.string())
 
@@ -236,11 +244,39 @@ class Lake:
         if unknown:
             raise LakeError(f"no column in {table} for {', '.join(sorted(unknown))}")
         data = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
-        self.append_table(table, data, batch)
+        try:
+            self.append_table(table, data, batch)
+        except RetryError as error:
+            cause = error.last_attempt.exception()
+            raise LakeError(
+                f"cannot write to table {table} of {self.uri} after {WRITE_TRIES} tries: {cause}. "
+                "What was committed before is safe: run again when the storage answers"
+            ) from cause
 
     def append_table(
         self, table: str, data: pa.Table, batch: tuple[str, int] | None = None
     ) -> None:
+        """Append an Arrow table; what an object store refuses in passing is tried again.
+
+        An answer that got lost may stand for a commit that did happen: before a batch is tried
+        again, the table is asked whether it holds it, because Delta takes a replay for a new append.
+        Raises RetryError where the table cannot be written.
+        """
+        for attempt in Retrying(
+            retry=retry_if_exception_type((DeltaError, OSError)),
+            stop=stop_after_attempt(WRITE_TRIES),
+            wait=wait_exponential_jitter(multiplier=0.5, max=10),
+            reraise=False,
+        ):
+            with attempt:
+                again = attempt.retry_state.attempt_number > 1
+                if again and batch is not None:
+                    held = self.committed_batch(table, batch[0])
+                    if held is not None and held >= batch[1]:
+                        return
+                self._write(table, data, batch)
+
+    def _write(self, table: str, data: pa.Table, batch: tuple[str, int] | None) -> None:
         transactions = None if batch is None else [Transaction(batch[0], batch[1])]
         write_deltalake(
             self.table_uri(table),

@@ -24,8 +24,9 @@ from markupsafe import Markup
 
 from winnow.operators.errors import StorageError
 from winnow.pipeline import report_charts
-from winnow.pipeline.report_charts import number_text, simple_threshold
-from winnow.pipeline.report_facts import Facts, RuleShown, gather
+from winnow.pipeline.report_charts import number_text
+from winnow.pipeline.report_facts import Facts, gather
+from winnow.pipeline.report_rules import RuleShown, simple_threshold
 
 __all__ = ["RuleShown", "simple_threshold", "write_report"]
 
@@ -52,7 +53,7 @@ def write_report(
     Raises LakeError where a view is missing, StorageError where `out` cannot be written.
     """
     facts = gather(connection, rules, clips_per_gallery=clips_per_gallery)
-    page = render(facts, rules, title)
+    page = render(facts, title)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _replace(out, page)
@@ -63,7 +64,7 @@ def write_report(
         ) from error
 
 
-def render(facts: Facts, rules: Sequence[RuleShown], title: str) -> str:
+def render(facts: Facts, title: str) -> str:
     """The page as text."""
     script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -74,7 +75,6 @@ def render(facts: Facts, rules: Sequence[RuleShown], title: str) -> str:
         .render(
             facts=facts,
             title=title,
-            rules=rules,
             run=facts.runs[0] if facts.runs else None,
             config=_short_json(config),
             # Only the script with this hash may run, whatever a prompt manages to look like.

@@ -123,7 +123,11 @@ class Split(Stage):
         last = float(scan.seconds[-1])
         end_s = media.duration_s if media.duration_s > last else last + frame_s
         bounds = np.append(scan.seconds, end_s)
-        for index, shot in enumerate(scan.shots):
+        # Where all frames belong to transitions, the file is one clip that the policy can judge.
+        shots, count = scan.shots, len(scan.shots)
+        if not shots:
+            shots, count = [Span(0, scan.frames)], len(scan.transitions) + 1
+        for index, shot in enumerate(shots):
             for span in divide(shot, scan.seconds, end_s, self.longest_s):
                 start, end = float(bounds[span.start]), float(bounds[span.end])
                 yield Clip(
@@ -134,7 +138,7 @@ class Split(Stage):
                     columns={
                         "duration_s": round(end - start, 6),
                         "clip_frames": len(span),
-                        "shots_in_source": len(scan.shots),
+                        "shots_in_source": count,
                         "shot_index": index,
                     },
                 )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import scene, write_video
-from tests.pipeline.test_run import config, rows
+from tests.pipeline.lakes import config, rows
 from winnow.pipeline.lake import Lake
 from winnow.pipeline.run import run
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.test_run import lake, videos  # noqa: F401 - fixtures
 from winnow.pipeline.lake import Lake
 
 WINNOW = Path(sys.executable).parent / "winnow"
@@ -69,7 +68,7 @@ def test_a_mistake_is_explained_and_ends_with_2(arguments, words):
         assert word in errors
 
 
-def test_a_run_prints_one_json_object(videos, tmp_path):  # noqa: F811
+def test_a_run_prints_one_json_object(videos, tmp_path):
     output, errors = winnow(
         "run", "--input", videos, "--lake", tmp_path / "lake", "--limit", 2, "--json",
         "--set", "stages.split.detector.kind=none",
@@ -81,7 +80,7 @@ def test_a_run_prints_one_json_object(videos, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("form", ["table", "json", "csv"])
-def test_sql_answers_in_the_wished_format(lake: Lake, form):  # noqa: F811
+def test_sql_answers_in_the_wished_format(lake: Lake, form):
     query = "SELECT verdict, count(*) AS n FROM clips_decided GROUP BY ALL ORDER BY 1"
     output, _ = winnow("sql", query, "--lake", lake.uri, "--format", form)
     assert "keep" in output
@@ -89,7 +88,7 @@ def test_sql_answers_in_the_wished_format(lake: Lake, form):  # noqa: F811
         assert {"verdict": "keep", "n": 3} in json.loads(output)
 
 
-def test_sql_writes_parquet(lake: Lake, tmp_path):  # noqa: F811
+def test_sql_writes_parquet(lake: Lake, tmp_path):
     import pyarrow.parquet
 
     out = tmp_path / "x.parquet"
@@ -102,11 +101,11 @@ def test_sql_writes_parquet(lake: Lake, tmp_path):  # noqa: F811
     ["SELECT * FROM read_text('/etc/passwd')", "COPY sources TO '/tmp/stolen.csv'",
      "ATTACH '/tmp/x.db'", "SET enable_external_access = true"],
 )  # fmt: skip
-def test_sql_reaches_nothing_but_the_lake(lake: Lake, query):  # noqa: F811
+def test_sql_reaches_nothing_but_the_lake(lake: Lake, query):
     winnow("sql", query, "--lake", lake.uri, code=2)
 
 
-def test_report_is_one_file_about_the_lake(lake: Lake, tmp_path):  # noqa: F811
+def test_report_is_one_file_about_the_lake(lake: Lake, tmp_path):
     output, _ = winnow("report", "--lake", lake.uri, "--out", tmp_path / "r.html")
     assert "r.html" in output
     page = (tmp_path / "r.html").read_text()

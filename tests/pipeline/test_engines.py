@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.test_run import FAST, facts, lake, rows, videos  # noqa: F401 - fixtures
+from tests.pipeline.lakes import FAST, facts, rows
 from winnow.pipeline.config import load_config
 from winnow.pipeline.lake import Lake
 from winnow.pipeline.run import run
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::Depr
 
 
 @pytest.mark.slow
-def test_ray_leaves_the_same_lake_as_inline(videos: Path, lake: Lake, tmp_path: Path):  # noqa: F811
+def test_ray_leaves_the_same_lake_as_inline(videos: Path, lake: Lake, tmp_path: Path):
     config = load_config("cpu", [*FAST[1:], "engine=ray", "commit.sources=3"])
     other = Lake(str(tmp_path / "ray"))
     with warnings.catch_warnings():

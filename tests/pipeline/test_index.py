@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.pipeline.test_run import config, facts, lake, rows, videos  # noqa: F401 - fixtures
+from tests.pipeline.lakes import config, facts, rows
 from winnow.pipeline.index import MilvusIndex, OpenKeptIndex, default_index_uri
 from winnow.pipeline.lake import Lake
 from winnow.pipeline.run import run
@@ -38,7 +38,7 @@ def server(tmp_path_factory):
     process.wait(timeout=20)
 
 
-def test_a_server_gives_what_the_embedded_index_gives(videos, lake, server, tmp_path):  # noqa: F811
+def test_a_server_gives_what_the_embedded_index_gives(videos, lake, server, tmp_path):
     other = Lake(str(tmp_path / "lake"))
     run(config(f"stages.dedup.index.uri={server}"), str(videos), other, limit=4)
     run(config(f"stages.dedup.index.uri={server}"), str(videos), other)
@@ -54,7 +54,7 @@ def kept(of: Lake) -> set[str]:
     return {c for (c,) in rows(of, "SELECT clip_id FROM verdicts WHERE verdict = 'keep'")}
 
 
-def test_a_lost_index_is_rebuilt_from_the_lake(videos, tmp_path):  # noqa: F811
+def test_a_lost_index_is_rebuilt_from_the_lake(videos, tmp_path):
     own = Lake(str(tmp_path / "lake"))
     run(config(), str(videos), own, limit=6)
     shutil.rmtree(tmp_path / "lake" / "index")
@@ -63,7 +63,7 @@ def test_a_lost_index_is_rebuilt_from_the_lake(videos, tmp_path):  # noqa: F811
     index.close()
 
 
-def test_what_a_crashed_attempt_left_in_the_index_is_removed(videos, tmp_path):  # noqa: F811
+def test_what_a_crashed_attempt_left_in_the_index_is_removed(videos, tmp_path):
     own = Lake(str(tmp_path / "lake"))
     run(config(), str(videos), own, limit=6)
     stranger = np.zeros(256, np.float32)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import scene, write_video
-from tests.pipeline.test_run import facts, rows
+from tests.pipeline.lakes import facts, rows
 from winnow.pipeline.lake import Lake
 
 WINNOW = Path(sys.executable).parent / "winnow"

@@ -2,7 +2,7 @@
 
 import uuid
 
-from tests.pipeline.test_run import config, facts, lake, rows, videos  # noqa: F401 - fixtures
+from tests.pipeline.lakes import config, facts, rows
 from winnow.pipeline.lake import Lake
 from winnow.pipeline.lake_report import write_lake_report
 from winnow.pipeline.policy import load_policy
@@ -11,7 +11,7 @@ from winnow.pipeline.run import run
 from winnow.pipeline.storage import Storage
 
 
-def test_a_bucket_gives_what_a_folder_gives(videos, lake, s3, tmp_path, monkeypatch):  # noqa: F811
+def test_a_bucket_gives_what_a_folder_gives(videos, lake, s3, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))  # the embedded index of a remote lake lives there
     place = f"s3://bucket/{uuid.uuid4().hex}"
     uploads = Storage.open(f"{place}/in", options=s3, create=True)

@@ -17,7 +17,8 @@ import pytest
 
 from winnow.operators.errors import LakeError, StorageError
 from winnow.pipeline.report import RuleShown, simple_threshold, write_report
-from winnow.pipeline.report_charts import Spread, binning, comparisons
+from winnow.pipeline.report_charts import Spread, binning
+from winnow.pipeline.report_rules import comparisons
 
 NASTY_PROMPT = (
     "</script><script>alert('p')</script> \"quoted\" & <img src=x onerror=alert(1)> 湯 🥣"

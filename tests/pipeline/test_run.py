@@ -1,71 +1,19 @@
 """Whole runs over a few small videos, in this process for speed; the engines have tests of their own."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import scene, write_video
+from tests.pipeline.lakes import config, facts, rows
 from winnow.operators.errors import LakeError
-from winnow.pipeline.config import RunConfig, load_config
 from winnow.pipeline.lake import TABLES, Lake
 from winnow.pipeline.policy import Policy, Rule, load_policy
 from winnow.pipeline.refilter import refilter
 from winnow.pipeline.run import run
 from winnow.pipeline.views import connect
-
-FAST = ["isolate=false", "stages.split.detector.kind=none", "stages.cheap.operators.text={}"]
-
-
-def config(*more: str) -> RunConfig:
-    return load_config("cpu", [*FAST, *more])
-
-
-@pytest.fixture(scope="session")
-def videos(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("videos")
-    for n, name in enumerate(["apple, red", "bear's_den", "ünï #1 100%"]):
-        write_video(folder / f"{name}.mp4", scene(n, 60))
-    (folder / "apple, red.txt").write_text("an apple falls")
-    write_video(folder / "short.mp4", scene(7, 12))
-    write_video(folder / "still.mp4", scene(8, 1) * 60)
-    write_video(folder / "z" / "bear small.mp4", [i[::2, ::2] for i in scene(1, 60)])
-    shutil.copy2(folder / "apple, red.mp4", folder / "z" / "copied.mp4")
-    (folder / "noise.mp4").write_bytes(os.urandom(5000))
-    (folder / "empty.mp4").write_bytes(b"")
-    for file in folder.rglob("*.mp4"):
-        os.utime(file, (1.7e9, 1.7e9))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def lake(videos, tmp_path_factory) -> Lake:
-    lake = Lake(str(tmp_path_factory.mktemp("lake") / "lake"))
-    run(config(), str(videos), lake)
-    return lake
-
-
-def rows(lake: Lake, query: str) -> list[tuple]:
-    with connect(lake) as connection:
-        return connection.execute(query).fetchall()
-
-
-def facts(lake: Lake) -> dict[str, list]:
-    """Everything that must not depend on when or how the run happened."""
-    columns = rows(lake, "SELECT column_name FROM (DESCRIBE clips)")
-    scores = [c for (c,) in columns if c not in ("attempt_id", "thumbnail_jpeg")]
-    return {
-        "sources": rows(lake, "SELECT uri, source_id, status, error_kind, error, copy_of, frames, "
-                              "fps, prompt FROM sources ORDER BY uri"),
-        "clips": rows(lake, f"SELECT {', '.join(scores)} FROM clips ORDER BY clip_id"),
-        "verdicts": rows(lake, "SELECT clip_id, policy, verdict, reasons, duplicate_of, similarity "
-                               "FROM verdicts ORDER BY clip_id"),
-        "dataset": rows(lake, "SELECT clip_id, media_uri.regexp_replace('.*/media/', ''), content_type, "
-                              "resolution, aspect_ratio, length, frames FROM dataset ORDER BY clip_id"),
-        "embeddings": rows(lake, "SELECT clip_id, model, vector FROM embeddings ORDER BY 1, 2"),
-    }  # fmt: skip
 
 
 def test_every_file_has_a_status_and_every_clip_a_verdict(videos, lake):
@@ -112,21 +60,20 @@ def test_a_second_run_does_no_work(videos, lake):
     assert facts(lake) == before
 
 
-def test_refilter_with_the_same_policy_changes_nothing(lake):
-    before = facts(lake)["verdicts"]
-    result = refilter(lake, load_policy("generated"))
+def test_refilter_with_the_same_policy_changes_nothing(own_lake):
+    before = facts(own_lake)["verdicts"]
+    result = refilter(own_lake, load_policy("generated"))
     assert result.changed == 0
-    assert facts(lake)["verdicts"] == before
+    assert facts(own_lake)["verdicts"] == before
 
 
-def test_refilter_with_another_policy_stands_beside_the_first(lake):
+def test_refilter_with_another_policy_stands_beside_the_first(own_lake):
     strict = Policy(name="strict", rules=(Rule(name="long", reject="duration_s > 1"),))
-    result = refilter(lake, strict)
+    result = refilter(own_lake, strict)
     assert result.counts == {"reject": 5, "keep": 1}
-    policies = rows(lake, "SELECT policy, count(*) FROM verdicts GROUP BY 1 ORDER BY 1")
+    policies = rows(own_lake, "SELECT policy, count(*) FROM verdicts GROUP BY 1 ORDER BY 1")
     assert policies == [("generated", 6), ("strict", 6)]
-    assert len(rows(lake, "SELECT * FROM dataset")) == 3
-    refilter(lake, load_policy("generated"))
+    assert len(rows(own_lake, "SELECT * FROM dataset")) == 3
 
 
 def test_files_that_come_later_are_taken_up_and_compared(videos, tmp_path):

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from winnow.operators.errors import StorageError
-from winnow.pipeline.storage import LocalStorage, Storage, checked_key, glob_matcher
+from winnow.pipeline.local_storage import LocalStorage
+from winnow.pipeline.storage import Storage, checked_key, glob_matcher
 
 AWKWARD = (
     'a, b\'s "q" 100% #1 ?x=é 日本 [z] {b} ~ & + = ; %20.mp4',
