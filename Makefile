@@ -12,7 +12,7 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/uv || { $(PYTHON) -m venv $(VENV) && $(BIN)/pip install -q "uv>=0.9"; }
-	$(BIN)/uv pip install -q --python $(BIN)/python --constraint constraints.txt -e ".[dev]"
+	$(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode --constraint constraints.txt -e ".[dev]"
 	mkdir -p $(TYPING) && ln -sfn $(CURDIR) $(TYPING)/winnow
 	touch $@
 
