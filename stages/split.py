@@ -29,6 +29,9 @@ COLUMNS = (
     Column("shot_index", pa.int32(), "which shot of its source the clip belongs to", "", ">= 0"),
 )  # fmt: skip
 
+# Frames before the first key frame cannot be decoded where a stream was cut in an open GOP.
+LOST_FRAMES = 2
+
 
 def divide(span: Span, seconds: NDArray[np.float64], end_s: float, longest_s: float) -> list[Span]:
     """Divide a shot into equal spans none of which lasts longer than `longest_s`.
@@ -91,9 +94,13 @@ class Split(Stage):
             )
         if scan.frames == 0:
             raise MediaError("corrupt", "no frame of the video can be decoded")
-        if scan.frames < 0.9 * media.frames and media.frames - scan.frames > 2:
+        if media.frames - scan.frames > LOST_FRAMES:
             raise MediaError(
                 "corrupt", f"only {scan.frames} of {media.frames} frames can be decoded"
+            )
+        if scan.damaged_frames:
+            raise MediaError(
+                "corrupt", f"{scan.damaged_frames} of {scan.frames} frames are damaged"
             )
         source.clips = list(self._clips(source_id, scan, media))
         if measuring is not None and whole is not None and len(source.clips) == 1:
