@@ -112,6 +112,7 @@ def _show_result(result: RunResult, lake: str, *, json_output: bool) -> None:
                 "lake": lake,
                 "sources_in": result.ledger.sources_in,
                 "sources": result.ledger.sources,
+                "failures": result.ledger.failures,
                 "clips": result.ledger.clips,
                 "verdicts": result.ledger.verdicts,
                 "balanced": result.ledger.balanced,

@@ -90,6 +90,10 @@ def print_run(result: RunResult, lake: str) -> None:
         return
     for line in result.ledger.lines():
         say(line)
+    if failures := result.ledger.failures:
+        say("failed: " + ", ".join(f"{n} {kind}" for kind, n in failures.items()))
+        if "internal" in failures:
+            say("`internal` is a fault of Winnow, not of the file: see the column sources.error")
     for line in extra:
         say(line)
     _list_unreadable(result)

@@ -99,7 +99,7 @@ class MilvusIndex:
                 self.collection,
                 data=[vector.tolist()],
                 limit=NEIGHBOURS,
-                output_fields=["pixels", "age"],
+                output_fields=["clip_id", "pixels", "age"],
                 search_params={"metric_type": "COSINE"},
                 consistency_level="Strong",
             )
@@ -107,8 +107,11 @@ class MilvusIndex:
         for hit in hits:
             similarity = round(float(hit["distance"]), 6)
             if similarity >= threshold:
+                # By the entity: where the hit itself keeps the key differs between servers.
                 fields = hit["entity"]
-                found.append(Neighbour(hit["clip_id"], similarity, fields["pixels"], fields["age"]))
+                found.append(
+                    Neighbour(fields["clip_id"], similarity, fields["pixels"], fields["age"])
+                )
         return found
 
     def add(self, entry: Entry) -> None:

@@ -16,6 +16,8 @@ class Ledger:
 
     sources_in: int
     sources: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict)
+    """Failed sources by error kind."""
     clips: int = 0
     verdicts: dict[str, int] = field(default_factory=dict)
     media: int = 0
@@ -78,6 +80,10 @@ def read_ledger(
     return Ledger(
         sources_in,
         counts("SELECT status, count(*) FROM raw_sources WHERE run_id = $run GROUP BY 1"),
+        counts(
+            "SELECT error_kind, count(*) FROM raw_sources "
+            "WHERE run_id = $run AND status = 'failed' GROUP BY 1 ORDER BY 2 DESC, 1"
+        ),
         clips[0] if clips else 0,
         counts(
             f"""SELECT v.verdict, count(*) FROM verdicts v
