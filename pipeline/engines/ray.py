@@ -15,6 +15,7 @@ import os
 import pickle
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -134,7 +135,11 @@ class RayEngine:
         try:
             yield from _stream(plan, sources)
         except ray.exceptions.RayError as error:
-            raise WorkerError(f"Ray could not carry out the plan: {error}") from error
+            reason = str(error).strip().splitlines()[0]
+            raise WorkerError(
+                f"Ray could not carry out the plan ({type(error).__name__}: {reason}). What was "
+                "committed is in the lake: run the same command again to go on"
+            ) from error
 
 
 def _stream(plan: Plan, sources: Sequence[Source]) -> Iterator[Source]:
@@ -150,14 +155,17 @@ def _stream(plan: Plan, sources: Sequence[Source]) -> Iterator[Source]:
     rows = [{"record": record} for record in pack(sources)["record"]]
     blocks = math.ceil(len(sources) / block)
     dataset: Any = ray.data.from_items(rows, override_num_blocks=blocks)
-    for segments in _actors(plan):
-        steps = [Step(Worker.of(plan, s.first, s.last), s, plan) for s in segments]
-        dataset = dataset.map_batches(
-            StageActor,
-            fn_constructor_args=(steps,),
-            batch_size=None,
-            **_means(segments, steps),
-        )
+    with warnings.catch_warnings():
+        # Ray 2.60 announces an end to options such as max_restarts and names nothing in their place.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args", category=DeprecationWarning)
+        for segments in _actors(plan):
+            steps = [Step(Worker.of(plan, s.first, s.last), s, plan) for s in segments]
+            dataset = dataset.map_batches(
+                StageActor,
+                fn_constructor_args=(steps,),
+                batch_size=None,
+                **_means(segments, steps),
+            )
     for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):
         yield from unpack(batch)
 
@@ -181,6 +189,11 @@ def _means(segments: Sequence[Segment], steps: Sequence[Step]) -> dict[str, Any]
     means: dict[str, Any] = {"num_cpus": each * max(s.cpus for s in segments)}
     if gpus := max(s.gpus for s in segments):
         means["num_gpus"] = gpus
+    if any(stage.ordered for step in steps for stage in step.worker.stages):
+        # What such an actor knows of this run dies with it. A run that stops is finished by the
+        # next one; a run that goes on with half a memory would take copies for originals.
+        # (`ray_remote_args_fn` would do too, but then Ray Data waits for the dead actor for ever.)
+        means |= {"max_restarts": 0, "max_task_retries": 0}
     size: dict[str, Any] = (
         {"size": most} if least == most else {"min_size": least, "max_size": most}
     )
