@@ -4,7 +4,7 @@ WinnowError
 ├── ConfigError          a configuration, policy or command line that cannot be run
 ├── MediaError           a file that cannot be used as a video; `kind` is stored in `sources`
 ├── MeasureError         one operator could not measure one clip; stored in `<operator>_error`
-├── WorkerError          a worker process died or hung on one source
+├── WorkerError          the engine lost the workers that it needs; the run stops
 ├── StorageError         a place that cannot be read or written
 ├── LakeError            tables that contradict each other or the contract
 ├── LedgerError          rows went missing or were counted twice
@@ -44,7 +44,7 @@ class MeasureError(WinnowError):
 
 
 class WorkerError(WinnowError):
-    """A worker process died or exceeded its time limit."""
+    """The engine lost the workers that it needs. (One source's crash is a MediaError.)"""
 
 
 class StorageError(WinnowError):

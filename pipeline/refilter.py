@@ -6,6 +6,7 @@ import json
 import uuid
 from dataclasses import dataclass, field
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 
@@ -56,12 +57,15 @@ def refilter(lake: Lake, policy: Policy, *, dry_run: bool = False) -> RefilterRe
             row[0] for row in connection.execute("SELECT clip_id FROM raw_dataset").fetchall()
         }
     decisions = _decide(table, policy, dedup, vectors)
-    before = zip(table["verdict"].to_pylist(), table["policy"].to_pylist(), strict=True)
     clip_ids = table["clip_id"].to_pylist()
     result = RefilterResult(policy.name, table.num_rows)
     rows = []
-    for clip_id, attempt, decision, (old, _) in zip(
-        clip_ids, table["_attempt"].to_pylist(), decisions, before, strict=True
+    for clip_id, attempt, decision, old in zip(
+        clip_ids,
+        table["_attempt"].to_pylist(),
+        decisions,
+        table["verdict"].to_pylist(),
+        strict=True,
     ):
         result.counts[decision.verdict] = result.counts.get(decision.verdict, 0) + 1
         result.changed += decision.verdict != old
@@ -96,10 +100,12 @@ def latest_config(lake: Lake) -> RunConfig:
     return RunConfig.model_validate(json.loads(str(row[0])))
 
 
-def _vectors(connection: object, dedup: DedupConfig | None) -> dict[str, np.ndarray]:
+def _vectors(
+    connection: duckdb.DuckDBPyConnection, dedup: DedupConfig | None
+) -> dict[str, np.ndarray]:
     if dedup is None:
         return {}
-    rows = connection.execute(  # type: ignore[attr-defined]
+    rows = connection.execute(
         "SELECT clip_id, vector FROM embeddings WHERE model = ?", [dedup.embedding]
     ).fetchall()
     return {clip_id: np.array(vector, np.float32) for clip_id, vector in rows}
@@ -129,7 +135,8 @@ def _decide(
             )
             outcome = resolve(clip_id, vector, pixels, index, dedup.threshold)
             duplicate_of, similarity = outcome.duplicate_of, outcome.similarity
-            for old in outcome.replaces:
+            # As in a run: a better copy that could not be made replaces nothing.
+            for old in outcome.replaces if row["failure"] is None else ():
                 decisions[old.clip_id] = Decision(
                     "duplicate", ("duplicate",), clip_id, old.similarity
                 )

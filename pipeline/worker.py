@@ -141,6 +141,9 @@ class Worker:
                 clip.decision.duplicate_of,
                 clip.decision.similarity,
             )
+        # A better copy that could not be made after all replaces nothing.
+        kept = {clip.clip_id for clip in source.clips if clip.decision.verdict == "keep"}
+        source.demotions = [d for d in source.demotions if d.duplicate_of in kept]
 
     def close(self) -> None:
         for stage in self.stages:
