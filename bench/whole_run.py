@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from winnow.pipeline.config import find_config
+from winnow.operators.settings import find_config
 
 CURATOR_S = 103.0
 WINNOW = Path(sys.executable).parent / "winnow"

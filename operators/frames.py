@@ -19,9 +19,10 @@ import cv2
 import numpy as np
 from av.sidedata.motionvectors import MotionVectors
 from numpy.typing import NDArray
+from PIL import Image
 
 from winnow.operators.errors import MediaError
-from winnow.operators.operator import FrameChunk, Needs, Sample, Sampling
+from winnow.operators.operator import Budget, FrameChunk, Needs, Sample, Sampling, Square
 
 SMALL_LONG_SIDE = 160
 CHUNK_FRAMES = 32
@@ -137,6 +138,9 @@ def small_luma(frame: av.VideoFrame, long_side: int = SMALL_LONG_SIDE) -> NDArra
 
 def sample_image(frame: av.VideoFrame, sampling: Sampling) -> NDArray[np.uint8]:
     """The frame as a `Sampling` asks for it, in memory of its own."""
+    if sampling.fit is not None:
+        full = np.asarray(frame.reformat(format="rgb24").to_ndarray(), np.uint8)
+        return fitted(upright(full, frame.rotation), sampling.fit)
     upright_height = frame.width if frame.rotation % 180 else frame.height
     scale = 1.0 if sampling.height is None else min(1.0, sampling.height / upright_height)
     size = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
@@ -148,6 +152,31 @@ def sample_image(frame: av.VideoFrame, sampling: Sampling) -> NDArray[np.uint8]:
         return np.array(image) if np.may_share_memory(image, plane) else image
     rgb = frame.reformat(width=size[0], height=size[1], format="rgb24", interpolation="AREA")
     return upright(np.asarray(rgb.to_ndarray(), np.uint8), frame.rotation)
+
+
+def fitted(rgb: NDArray[np.uint8], fit: Square | Budget) -> NDArray[np.uint8]:
+    """An RGB frame (h, w, 3) in the size that a model asks for.
+
+    Scaled by Pillow's antialiased bicubic, as the image processors of CLIP and Qwen-VL do.
+    """
+    height, width = rgb.shape[:2]
+    if isinstance(fit, Budget):
+        return _bicubic(rgb, *fit.size(width, height))
+    if not fit.crop:
+        return _bicubic(rgb, fit.side, fit.side)
+    # As torchvision's Resize and CenterCrop: the long side is cut down, the margin rounded.
+    long = fit.side * max(width, height) // min(width, height)
+    size = (fit.side, long) if width <= height else (long, fit.side)
+    scaled = _bicubic(rgb, *size)
+    left, top = (round((side - fit.side) / 2) for side in size)
+    return np.ascontiguousarray(scaled[top : top + fit.side, left : left + fit.side])
+
+
+def _bicubic(rgb: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+    if rgb.shape[:2] == (height, width):
+        return rgb
+    image = Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image, np.uint8)
 
 
 def frame_vectors(frame: av.VideoFrame) -> NDArray[Any] | None:

@@ -4,18 +4,28 @@ An operator measures and never decides. It is a frozen dataclass whose fields ar
 a `name`, a `version`, the `columns` that it writes and the frames that it `needs`. For every clip it
 starts one `Measurement`, which is fed the frames chunk by chunk in order and then asked for its
 columns, so memory is bounded by the chunk and not by the clip.
+
+A `BatchOperator` has a model that wants many clips at once: the sampled frames of a clip are
+collected, and its `BatchMeasure` is given a batch of such clips.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
+from winnow.operators.errors import MeasureError
+
+if TYPE_CHECKING:
+    from winnow.operators.backbone import Backbone
+    from winnow.operators.models import Models
 
 Direction = Literal["higher is better", "lower is better", "neutral"]
 
@@ -49,23 +59,62 @@ class Column:
 
 
 @dataclass(frozen=True, slots=True)
+class Square:
+    """A square of `side` pixels, bicubic as in Pillow: what CLIP and its kin were trained on.
+
+    With `crop` the short side is scaled and the middle cut out, else the frame is squashed.
+    """
+
+    side: int
+    crop: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """At most `pixels` a frame, aspect kept, sides multiples of `multiple`: what a VLM is shown.
+
+    Frames are never enlarged, except to the next multiple. Source: `smart_resize` of Qwen2-VL.
+    """
+
+    pixels: int
+    multiple: int = 32
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) that a frame is scaled to."""
+        scale = min(1.0, math.sqrt(self.pixels / (width * height)))
+        sides = [max(1, round(side * scale / self.multiple)) for side in (width, height)]
+        while sides[0] * sides[1] * self.multiple**2 > self.pixels and max(sides) > 1:
+            sides[sides.index(max(sides))] -= 1
+        return sides[0] * self.multiple, sides[1] * self.multiple
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """Frames at a rate: `rate` per second of clip time, at least `minimum` a clip (if it has them).
 
     `kind` luma gives (h, w) uint8 in full range, rgb gives (h, w, 3) uint8; `height` scales the
-    frame to that height with its aspect kept (never up), None leaves the native size.
+    frame to that height with its aspect kept (never up), None leaves the native size. `fit` sizes
+    RGB frames for a model instead. Where `maximum` would be exceeded, the frames lie further apart.
     """
 
     rate: float
     kind: Literal["luma", "rgb"] = "luma"
     height: int | None = None
     minimum: int = 1
+    maximum: int | None = None
+    fit: Square | Budget | None = None
+
+    def __post_init__(self) -> None:
+        if self.fit is not None and (self.kind != "rgb" or self.height is not None):
+            raise ValueError("`fit` is for RGB frames and takes the place of `height`")
 
     def indices(self, frames: int, fps: float) -> NDArray[np.int64]:
         """Frame numbers to sample in a clip of `frames` frames, centred in equal intervals."""
         if frames <= 0:
             return np.zeros(0, np.int64)
-        count = int(np.clip(round(frames / max(fps, 1e-6) * self.rate), self.minimum, frames))
+        most = frames if self.maximum is None else min(frames, self.maximum)
+        least = min(self.minimum, most)
+        count = int(np.clip(round(frames / max(fps, 1e-6) * self.rate), least, most))
         return ((np.arange(count) + 0.5) * frames / count).astype(np.int64)
 
 
@@ -81,6 +130,8 @@ class Needs:
     """Frames at a rate."""
     columns: tuple[str, ...] = ()
     """Columns of the clip that earlier stages wrote."""
+    frame_embeddings: bool = False
+    """The stage's vision backbone's embeddings of sampled frames (batch operators only)."""
 
 
 @dataclass(slots=True)
@@ -125,6 +176,8 @@ class ClipView:
     coded_rotation: int = 0
     """Degrees that the coded frame was turned by to be upright; motion vectors are not turned."""
     prompt: str | None = None
+    other_prompts: tuple[str, ...] = ()
+    """Prompts of other generations of the same run, for comparison."""
     columns: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -194,3 +247,86 @@ class Operator(ABC):
         return Column(
             f"{cls.name}_error", pa.string(), f"why `{cls.name}` could not measure this clip"
         )
+
+
+@dataclass(slots=True)
+class FrameEmbeddings:
+    """What the vision backbone says of a clip's sampled frames."""
+
+    vectors: NDArray[np.float32]
+    """(n, d), each of length 1."""
+    seconds: NDArray[np.float64]
+    """(n,) time of each frame from the clip's first."""
+    backbone: Backbone
+    """Encodes texts into the same space."""
+
+
+@dataclass(slots=True)
+class SeenClip:
+    """A clip with the frames that a batch operator asked for."""
+
+    view: ClipView
+    samples: dict[Sampling, list[Sample]] = field(default_factory=dict)
+    embeddings: FrameEmbeddings | None = None
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of all sampled frames."""
+        return sum(
+            sample.image.shape[0] * sample.image.shape[1]
+            for samples in self.samples.values()
+            for sample in samples
+        )
+
+
+@dataclass(slots=True)
+class Measures:
+    """What a batch operator measured on one clip."""
+
+    columns: dict[str, Any]
+    vectors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+
+
+class BatchMeasure(ABC):
+    """A batch operator with its model loaded."""
+
+    @abstractmethod
+    def __call__(self, clips: Sequence[SeenClip]) -> list[Measures | MeasureError]:
+        """Measure clips, one answer each, in their order.
+
+        A clip that cannot be measured has a MeasureError in its place. What raises instead is tried
+        again clip by clip. A clip's answer does not depend on the others of its batch.
+        """
+
+    def close(self) -> None:  # noqa: B027 - optional hook
+        """Release what was loaded."""
+
+
+@dataclass(frozen=True)
+class BatchOperator(Operator, ABC):
+    """An operator whose model sees whole clips in batches, apart from decoding."""
+
+    def models(self) -> tuple[str, ...]:
+        """Names in configs/models.yaml of the models that `load` will need."""
+        return ()
+
+    @abstractmethod
+    def load(self, models: Models) -> BatchMeasure:
+        """Load the model. Called once per worker process. Raises ModelUnavailable."""
+
+    def start(self, view: ClipView) -> Measurement:
+        return Collecting(view, self.needs)
+
+
+class Collecting(Measurement):
+    """Keeps the sampled frames of one clip for a batch operator."""
+
+    def __init__(self, view: ClipView, needs: Needs) -> None:
+        self.seen = SeenClip(view, {sampling: [] for sampling in needs.samples})
+
+    def update(self, chunk: FrameChunk) -> None:
+        for sampling, samples in self.seen.samples.items():
+            samples += chunk.samples[sampling]
+
+    def columns(self) -> dict[str, Any]:
+        raise TypeError("a batch operator measures batches of clips: `load()` it and call that")

@@ -7,18 +7,12 @@ stage's label or name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SecretStr,
-    TypeAdapter,
-    ValidationError,
     model_validator,
 )
 
@@ -26,15 +20,12 @@ from winnow.operators.errors import ConfigError
 from winnow.operators.media import Limits
 from winnow.operators.operator import Operator
 from winnow.operators.registry import operator_class
+from winnow.operators.settings import Strict, find_config, parse_yaml, validate
 from winnow.operators.shots import Detector, TransNetV2Detector
 
 T = TypeVar("T")
 
 VIDEO_PATTERNS = tuple(f"**/*.{suffix}" for suffix in ("mp4", "mov", "mkv", "webm", "avi", "m4v"))
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Workers(Strict):
@@ -162,37 +153,6 @@ def stage_label(stage: StageConfig) -> str:
     return stage.label or str(getattr(stage, "stage"))  # noqa: B009 - the union's discriminator
 
 
-def find_config(name: str, folder: str = "") -> tuple[str, str]:
-    """(text, origin) of a configuration file: a path, or a name that ships with the package."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or "/" in name:
-        try:
-            return path.read_text("utf-8"), str(path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read {name}: {error}") from error
-    shipped = resources.files("winnow.configs")
-    if folder:
-        shipped = shipped / folder
-    file = shipped / f"{name}.yaml"
-    if not file.is_file():
-        names = sorted(f.name[:-5] for f in shipped.iterdir() if f.name.endswith(".yaml"))
-        raise ConfigError(
-            f"there is no configuration {name!r}: give a path ending in .yaml, or one of "
-            f"{', '.join(names)}"
-        )
-    return file.read_text("utf-8"), f"configs/{folder + '/' if folder else ''}{name}.yaml"
-
-
-def parse_yaml(text: str, origin: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{origin} must hold a mapping, not {type(content).__name__}")
-    return content
-
-
 def apply_override(content: dict[str, Any], assignment: str) -> None:
     """Apply one `a.b=c` to a parsed configuration; list items go by label, name or number."""
     path, equals, text = assignment.partition("=")
@@ -237,25 +197,6 @@ def _item(place: list[Any], key: str, where: str, assignment: str) -> int:
     if key.isdecimal() and int(key) < len(place):
         return int(key)
     raise ConfigError(f"--set {assignment!r}: the list has no item {where!r}")
-
-
-def validate(adapter: type[T], content: Any, origin: str) -> T:
-    """Check content against a model. Raises ConfigError that names every wrong place."""
-    try:
-        return TypeAdapter(adapter).validate_python(content)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, origin) for e in error.errors())) from error
-
-
-def _explain(error: Any, origin: str) -> str:
-    where = ".".join(str(part) for part in error["loc"]) or "the whole"
-    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{origin}: unknown key {where!r}: remove it or correct its spelling"
-    if error["type"] == "missing":
-        return f"{origin}: {where} is missing"
-    value = error.get("input")
-    shown = f" (it is {value!r})" if isinstance(value, str | int | float | bool) else ""
-    return f"{origin}: {where}: {error['msg']}{shown}"
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from winnow.operators.errors import ConfigError
+from winnow.operators.settings import find_config, parse_yaml, validate
 from winnow.pipeline.config import (
     DedupConfig,
     FilterConfig,
@@ -17,10 +18,7 @@ from winnow.pipeline.config import (
     SplitConfig,
     TranscodeConfig,
     build_operators,
-    find_config,
-    parse_yaml,
     stage_label,
-    validate,
 )
 from winnow.pipeline.index import OpenKeptIndex, default_index_uri
 from winnow.pipeline.lake import Lake

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from winnow.operators.errors import ConfigError
 from winnow.operators.operator import Column
-from winnow.pipeline.config import Strict, find_config, parse_yaml, validate
+from winnow.operators.settings import Strict, find_config, parse_yaml, validate
 
 
 class Rule(Strict):

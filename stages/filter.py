@@ -198,5 +198,6 @@ def _view(source: Source, clip: Clip) -> ClipView:
         codec=source.media.codec,
         coded_rotation=source.media.rotation,
         prompt=source.sidecar.prompt if source.sidecar else None,
+        other_prompts=source.other_prompts,
         columns=clip.columns,
     )

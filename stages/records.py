@@ -53,6 +53,29 @@ class Decision:
 
 
 @dataclass(slots=True)
+class Caption:
+    """What a vision-language model wrote of one window of a clip, in one length."""
+
+    window: int
+    start_s: float
+    """Start of the window from the clip's first frame."""
+    end_s: float
+    length: Literal["short", "medium", "long"]
+    status: Literal["ok", "truncated", "refused", "error"]
+    text: str | None
+    flags: tuple[str, ...]
+    """What is wrong with the text: empty, too_long, repeated, copied, ..."""
+    error: str | None
+    model: str
+    prompt: str
+    """Name and hash of the prompt."""
+    fps: float
+    frames: int
+    pixels: int
+    """Pixels of one frame."""
+
+
+@dataclass(slots=True)
 class Clip:
     """A span of a source and everything measured on it."""
 
@@ -68,6 +91,7 @@ class Clip:
     """Why a stage could not do its work on this clip; its verdict is then `error`."""
     decision: Decision = field(default_factory=Decision)
     media: ClipMedia | None = None
+    captions: list[Caption] = field(default_factory=list)
     partition: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -107,6 +131,8 @@ class Source:
     copy_of: str | None = None
     media: MediaInfo | None = None
     sidecar: Sidecar | None = None
+    other_prompts: tuple[str, ...] = ()
+    """Prompts of other generations of this run: what the clip should match less than its own."""
     clips: list[Clip] = field(default_factory=list)
     demotions: list[Demotion] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from winnow.operators.errors import ConfigError
-from winnow.pipeline.config import find_config, load_config
+from winnow.operators.settings import find_config
+from winnow.pipeline.config import load_config
 from winnow.pipeline.planning import check_config
 
 
