@@ -8,6 +8,7 @@ score: the policy marks rejected clips between stages, and a stage works on the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -68,3 +69,43 @@ class Stage(ABC):
 
     def close(self) -> None:  # noqa: B027 - optional hook
         """Release what setup() took."""
+
+
+class BatchStage(Stage):
+    """A stage with a model: many sources at once, decoded apart from the model.
+
+    `collect` decodes, in a child process, one source at a time; `measure` runs where the model is,
+    on a batch of what was collected, while the children decode what comes next. The outcome for a
+    source does not depend on its batch.
+    """
+
+    batch_clips: int = 16
+    """Most clips of a batch."""
+    batch_pixels: int = 2**28
+    """Most pixels of a batch."""
+
+    def setup_collecting(self) -> None:  # noqa: B027 - optional hook
+        """What `collect` needs, in a child process: no model."""
+
+    @abstractmethod
+    def collect(self, source: Source) -> Collected | None:
+        """Decode what the model is to see; None where nothing is. Raises MediaError."""
+
+    @abstractmethod
+    def measure(self, batch: Sequence[tuple[Source, Collected]]) -> None:
+        """Give the batch to the model and write what it says into the sources, in place."""
+
+    def process(self, source: Source) -> None:
+        collected = self.collect(source)
+        if collected is not None:
+            self.measure([(source, collected)])
+
+
+class Collected(Protocol):
+    """What a batch stage decoded of one source. It is pickled from a child process."""
+
+    @property
+    def clips(self) -> int: ...
+
+    @property
+    def pixels(self) -> int: ...
