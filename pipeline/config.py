@@ -6,6 +6,7 @@ stage's label or name.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -16,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from winnow.operators.backbone import BackboneConfig
 from winnow.operators.errors import ConfigError
 from winnow.operators.media import Limits
 from winnow.operators.operator import Operator
@@ -32,13 +34,16 @@ class Workers(Strict):
     """How many workers a stage may have; between the two, the engine decides by load."""
 
     min: int = Field(1, ge=1)
-    max: int | None = Field(None, ge=1, description="default: one per CPU core")
+    max: int | None = Field(None, ge=1, description="default: one per CPU core; 8 on GPUs")
 
     @model_validator(mode="after")
     def _ordered(self) -> Workers:
         if self.max is not None and self.max < self.min:
             raise ValueError(f"max ({self.max}) must not be below min ({self.min})")
         return self
+
+
+DECODERS = max(1, min(4, (os.cpu_count() or 1) - 1))
 
 
 class StageConfig(Strict):
@@ -70,9 +75,22 @@ class SplitConfig(StageConfig):
     )
 
 
-class FilterConfig(StageConfig):
+class ModelStageConfig(StageConfig):
+    """A stage that may have a model."""
+
+    batch_clips: int = Field(16, ge=1, description="a batch for the model is full at so many clips")
+    batch_pixels: int = Field(2**28, ge=1, description="or at so many pixels of sampled frames")
+    decoders: int = Field(
+        DECODERS, ge=1, description="processes that decode for one worker with a model"
+    )
+
+
+class FilterConfig(ModelStageConfig):
     stage: Literal["filter"]
     operators: dict[str, dict[str, Any] | None] = Field(min_length=1)
+    backbone: BackboneConfig | None = Field(
+        None, description="the vision model whose frame embeddings the operators share"
+    )
 
 
 class IndexConfig(Strict):
@@ -123,6 +141,7 @@ class RunConfig(Strict):
     description: str = ""
     engine: Literal["inline", "ray"] = "inline"
     policy: str = Field(description="path or name in configs/policies")
+    models: str = Field("models", description="path of a file laid over configs/models.yaml")
     stages: tuple[AnyStage, ...]
     commit: CommitConfig = CommitConfig()
     attempts: int = Field(2, ge=1, description="tries for a source that kills or hangs its worker")

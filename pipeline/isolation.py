@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
@@ -22,11 +22,26 @@ from winnow.operators.errors import MediaError
 from winnow.pipeline.worker import Worker
 from winnow.stages.records import Source
 
-_workers: list[Worker] = []
+_workers: list[Child] = []
 TASKS_PER_CHILD = 2000  # a fresh process now and then, against leaks in native libraries
 
 
-def _begin(workers: Sequence[Worker]) -> None:
+@dataclass(frozen=True)
+class Child:
+    """What a child process does with a source: all of a worker's stages, or decoding for a model."""
+
+    worker: Worker
+    collects: bool = False
+
+    def __call__(self, source: Source) -> Any:
+        return self.worker.collect(source) if self.collects else self.worker(source)
+
+    def setup(self) -> None:
+        if not self.collects:
+            self.worker.setup()
+
+
+def _begin(workers: Sequence[Child]) -> None:
     """Runs in the child. It ends when its parent does, and leaves Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -44,7 +59,7 @@ def _follow(parent: Any) -> None:
     os._exit(1)
 
 
-def _work(segment: int, source: Source) -> Source:
+def _work(segment: int, source: Source) -> Any:
     return _workers[segment](source)
 
 
@@ -57,7 +72,7 @@ class IsolatedWorkers:
     """Runs sources through workers in child processes. Order of results is the caller's business."""
 
     def __init__(
-        self, workers: Sequence[Worker], processes: int, timeouts: Sequence[float], attempts: int
+        self, workers: Sequence[Child], processes: int, timeouts: Sequence[float], attempts: int
     ) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self._attempts = attempts
@@ -84,14 +99,14 @@ class IsolatedWorkers:
     def submit(self, segment: int, source: Source) -> Pending:
         return Pending(self, segment, source)
 
-    def schedule(self, segment: int, source: Source) -> Future[Source]:
-        future: Future[Source] = self._pool.schedule(
+    def schedule(self, segment: int, source: Source) -> Future[Any]:
+        future: Future[Any] = self._pool.schedule(
             _work, args=[segment, source], timeout=self._timeouts[segment]
         )
         return future
 
-    def attempt(self, segment: int, source: Source, future: Future[Source]) -> Source:
-        """The source as it came back, after as many tries as allowed."""
+    def attempt(self, segment: int, source: Source, future: Future[Any]) -> Any:
+        """What came back, after as many tries as allowed; else the source, as failed."""
         for tries_left in reversed(range(self._attempts)):
             try:
                 return future.result()
@@ -113,7 +128,7 @@ class IsolatedWorkers:
         return lost
 
     def _where(self, segment: int) -> str:
-        return "/".join(stage.label for stage in self._workers[segment].stages)
+        return "/".join(stage.label for stage in self._workers[segment].worker.stages)
 
     def close(self, *, now: bool = False) -> None:
         if now:
@@ -130,7 +145,7 @@ class Pending:
         self._workers, self._segment, self._source = workers, segment, source
         self._future = workers.schedule(segment, source)
 
-    def result(self) -> Source:
+    def result(self) -> Any:
         return self._workers.attempt(self._segment, self._source, self._future)
 
 

@@ -145,6 +145,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("sources_in", pa.int64(), "files that the run took up"),
         Column("counts", pa.string(), "sources by status and clips by verdict, JSON"),
         Column("stages", pa.string(), "seconds, sources, clips and frames by stage, JSON"),
+        Column("workers", pa.string(), "pools of stages with a model over time, JSON"),
         Column("wall_s", pa.float64(), "wall time", "s"),
     ),
 }

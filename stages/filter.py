@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from winnow.operators.errors import MeasureError
@@ -85,19 +86,22 @@ class ClipMeasurements:
             clip.columns[f"{name}_error"] = self._errors.get(name)
 
     def _write(self, name: str, measurement: Measurement, clip: Clip) -> None:
-        operator = self._operators[name]
         values = measurement.columns()
-        declared = {column.name for column in operator.columns}
-        if values.keys() != declared:
-            raise MeasureError(
-                f"wrote {sorted(values.keys() ^ declared)} other than declared: a bug in {name!r}"
-            )
-        for column, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise MeasureError(f"{column} is {value}")
+        check_values(self._operators[name], values)
         vectors = measurement.vectors()
         clip.columns.update(values)
         clip.vectors.update(vectors)
+
+
+def check_values(operator: Operator, values: Mapping[str, Any]) -> None:
+    """Raises MeasureError where the values are not those declared, or not finite."""
+    declared = {column.name for column in operator.columns}
+    if values.keys() != declared:
+        differing = sorted(values.keys() ^ declared)
+        raise MeasureError(f"wrote {differing} other than declared: a bug in {operator.name!r}")
+    for column, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise MeasureError(f"{column} is {value}")
 
 
 @dataclass
@@ -140,34 +144,37 @@ class Filter(Stage):
         clips = self._open(source)
         if not clips:
             return
-        measuring = Measuring(self, source, clips)
+        measuring = Measuring(self.label, self.operators, source, clips)
         with self.files.local(source.key) as path:
-            for number, frame in enumerate(
-                decode(path, threads=self.threads, motion_vectors=measuring.needs.motion_vectors)
-            ):
-                if measuring.reader.done:
-                    break
-                measuring.reader.see(number, frame)
+            measuring.watch(path, self.threads)
         measuring.finish()
 
 
 class Measuring:
-    """One decode pass over a source, as the operators of a filter stage see it."""
+    """One decode pass over a source, as operators see it that measure while it lasts."""
 
-    def __init__(self, stage: Filter, source: Source, clips: Sequence[Clip]) -> None:
+    def __init__(
+        self, label: str, operators: Sequence[Operator], source: Source, clips: Sequence[Clip]
+    ) -> None:
         if source.media is None:
             raise RuntimeError("a filter needs a source that ingest has probed")
-        self.needs = merge_needs(stage.operators)
-        self._stage, self._source, self._clips = stage, source, clips
-        self._measurements = [
-            ClipMeasurements(stage.operators, _view(source, clip)) for clip in clips
-        ]
+        self.needs = merge_needs(operators)
+        self._label, self._source, self._clips = label, source, clips
+        self._measurements = [ClipMeasurements(operators, view_of(source, clip)) for clip in clips]
         self.reader = SpanReader(
             [clip.span for clip in clips],
             source.media.fps,
             self.needs,
             lambda k, chunk: self._measurements[k].update(chunk),
         )
+
+    def watch(self, path: Path, threads: int) -> None:
+        """Decode the file as far as the clips reach."""
+        frames = decode(path, threads=threads, motion_vectors=self.needs.motion_vectors)
+        for number, frame in enumerate(frames):
+            if self.reader.done:
+                break
+            self.reader.see(number, frame)
 
     def finish(self) -> float:
         """Write the columns into the clips. Returns the seconds that the operators took."""
@@ -181,13 +188,14 @@ class Measuring:
                 )
             measurement.finish(clip)
             for name, seconds in measurement.seconds.items():
-                key = f"{self._stage.label}/{name}"
+                key = f"{self._label}/{name}"
                 self._source.seconds[key] = self._source.seconds.get(key, 0.0) + seconds
                 total += seconds
         return total
 
 
-def _view(source: Source, clip: Clip) -> ClipView:
+def view_of(source: Source, clip: Clip) -> ClipView:
+    """What operators may know of a clip beforehand."""
     assert source.media is not None
     return ClipView(
         clip_id=clip.clip_id,

@@ -83,7 +83,7 @@ class Split(Stage):
             raise RuntimeError("split needs a source that ingest has probed")
         measuring, whole = None, self._whole(source_id, media)
         if self.ahead is not None and whole is not None:
-            measuring = Measuring(self.ahead, source, [whole])
+            measuring = Measuring(self.ahead.label, self.ahead.operators, source, [whole])
         with self.files.local(source.key) as path:
             scan = scan_shots(
                 path,

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from winnow.operators.operator import Column
 from winnow.stages.records import Source
@@ -71,36 +71,6 @@ class Stage(ABC):
         """Release what setup() took."""
 
 
-class BatchStage(Stage):
-    """A stage with a model: many sources at once, decoded apart from the model.
-
-    `collect` decodes, in a child process, one source at a time; `measure` runs where the model is,
-    on a batch of what was collected, while the children decode what comes next. The outcome for a
-    source does not depend on its batch.
-    """
-
-    batch_clips: int = 16
-    """Most clips of a batch."""
-    batch_pixels: int = 2**28
-    """Most pixels of a batch."""
-
-    def setup_collecting(self) -> None:  # noqa: B027 - optional hook
-        """What `collect` needs, in a child process: no model."""
-
-    @abstractmethod
-    def collect(self, source: Source) -> Collected | None:
-        """Decode what the model is to see; None where nothing is. Raises MediaError."""
-
-    @abstractmethod
-    def measure(self, batch: Sequence[tuple[Source, Collected]]) -> None:
-        """Give the batch to the model and write what it says into the sources, in place."""
-
-    def process(self, source: Source) -> None:
-        collected = self.collect(source)
-        if collected is not None:
-            self.measure([(source, collected)])
-
-
 class Collected(Protocol):
     """What a batch stage decoded of one source. It is pickled from a child process."""
 
@@ -109,3 +79,40 @@ class Collected(Protocol):
 
     @property
     def pixels(self) -> int: ...
+
+
+class BatchStage(Stage):
+    """A stage with a model: many sources at once, decoded apart from the model.
+
+    `collect` decodes, in a child process, one source at a time; `measure` runs where the model is,
+    on a batch of what was collected, while the children decode what comes next. The outcome for a
+    source does not depend on its batch.
+    """
+
+    batch_clips: int
+    """A batch is complete at this number of clips."""
+    batch_pixels: int
+    """Or at this number of pixels."""
+
+    def needed_models(self) -> tuple[str, ...]:
+        """Names in configs/models.yaml of the models that must be on the machine."""
+        return ()
+
+    def setup_collecting(self) -> None:
+        """What `collect` needs, in a child process: no model."""
+
+    @abstractmethod
+    def collect(self, source: Source) -> Any:
+        """Decode what the model is to see: a `Collected`, or None where there is nothing to do.
+
+        Raises MediaError where the whole source cannot be used.
+        """
+
+    @abstractmethod
+    def measure(self, batch: Sequence[tuple[Source, Any]]) -> None:
+        """Give a batch of what was collected to the model; writes into the sources, in place."""
+
+    def process(self, source: Source) -> None:
+        collected = self.collect(source)
+        if collected is not None:
+            self.measure([(source, collected)])

@@ -5,50 +5,58 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from winnow.pipeline.isolation import IsolatedWorkers, Pending
+from winnow.pipeline.batching import BatchWorker
+from winnow.pipeline.isolation import Child, IsolatedWorkers, Pending
 from winnow.pipeline.plan import Plan
+from winnow.pipeline.roster import Roster
 from winnow.pipeline.worker import Worker
 from winnow.stages.records import Source
 
 
-def run_inline(plan: Plan, sources: Iterable[Source]) -> Iterator[Source]:
+def run_inline(
+    plan: Plan, sources: Iterable[Source], roster: Roster | None = None
+) -> Iterator[Source]:
     """Take sources through the plan, a window of them at a time."""
+    roster = roster or Roster()
     segments = [(Worker.of(plan, s.first, s.last), s) for s in plan.segments]
-    isolated = [(worker, s.timeout_s) for worker, s in segments if s.isolated]
-    processes = max((s.workers_max for s in plan.segments if s.isolated), default=1)
-    if not plan.config.isolate:
-        stream = iter(sources)
-        for worker, _ in segments:
-            worker.setup()
-            stream = map(worker, stream)
-        yield from _closing(stream, [worker for worker, _ in segments])
-        return
-    pool = IsolatedWorkers(
-        [worker for worker, _ in isolated],
-        processes,
-        [timeout_s for _, timeout_s in isolated],
-        plan.config.attempts,
-    )
-    pool.warm_up()
-    here: list[Worker] = []
+    isolated = [(worker, s) for worker, s in segments if s.isolated and plan.config.isolate]
+    here: list[Worker | BatchWorker] = []
+    pool: IsolatedWorkers | None = None
+    processes = max((s.workers_max for _, s in isolated if not s.batches), default=1)
+    processes = max([processes, *(s.decoders for _, s in isolated if s.batches)])
+    if isolated:
+        pool = IsolatedWorkers(
+            [Child(worker, collects=s.batches is not None) for worker, s in isolated],
+            processes,
+            [s.timeout_s for _, s in isolated],
+            plan.config.attempts,
+        )
+        pool.warm_up()
     finished = False
     try:
         stream = iter(sources)
         number = 0
-        for worker, place in segments:
-            if place.isolated:
-                stream = _parallel(pool, number, worker, stream, window=4 * processes)
-                number += 1
+        for worker, segment in segments:
+            children = pool if segment.isolated else None
+            if segment.batches:
+                batching = BatchWorker(worker, children, number, roster.hear)
+                batching.setup()
+                here.append(batching)
+                stream = batching.stream(stream)
+            elif children is not None:
+                stream = _parallel(children, number, worker, stream, window=4 * processes)
             else:
                 here.append(worker)
                 worker.setup()
                 stream = map(worker, stream)
+            number += children is not None
         yield from stream
         finished = True
     finally:
-        pool.close(now=not finished)
-        for worker in here:
-            worker.close()
+        if pool is not None:
+            pool.close(now=not finished)
+        for one in here:
+            one.close()
 
 
 def _parallel(
@@ -67,11 +75,3 @@ def _parallel(
 
 def _result(pending: Pending | Source) -> Source:
     return pending if isinstance(pending, Source) else pending.result()
-
-
-def _closing(stream: Iterator[Source], workers: list[Worker]) -> Iterator[Source]:
-    try:
-        yield from stream
-    finally:
-        for worker in workers:
-            worker.close()

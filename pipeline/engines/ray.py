@@ -15,20 +15,26 @@ import os
 import pickle
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from winnow.operators.errors import WorkerError
-from winnow.pipeline.isolation import IsolatedWorkers
+from winnow.pipeline.batching import BatchWorker
+from winnow.pipeline.isolation import Child, IsolatedWorkers
 from winnow.pipeline.plan import Plan, Segment
+from winnow.pipeline.roster import Roster
 from winnow.pipeline.worker import Worker
 from winnow.stages.records import Source
 
 Batch = dict[str, Any]
+
+BEAT_S = 0.5
 
 # An actor costs Ray seconds of CPU time to start and some 250 MB; a child process a third of that.
 PROCESSES_PER_ACTOR = 4
@@ -40,21 +46,34 @@ class Step:
     def __init__(self, worker: Worker, segment: Segment, plan: Plan) -> None:
         self.worker = worker
         self.isolated = segment.isolated and plan.config.isolate
-        self.processes = min(PROCESSES_PER_ACTOR, segment.workers_max) if not segment.gpus else 1
+        self.batches = segment.batches is not None
+        if self.batches:
+            self.processes = segment.decoders
+        else:
+            self.processes = min(PROCESSES_PER_ACTOR, segment.workers_max)
         self.timeout_s = segment.timeout_s
         self.attempts = plan.config.attempts
         self._children: IsolatedWorkers | None = None
+        self.batching: BatchWorker | None = None
 
     def start(self) -> None:
         if self.isolated:
             # A child would import the script that this process runs, which is Ray's and heavy.
             vars(sys.modules["__main__"]).pop("__file__", None)
             self._children = IsolatedWorkers(
-                [self.worker], self.processes, [self.timeout_s], self.attempts
+                [Child(self.worker, collects=self.batches)],
+                self.processes,
+                [self.timeout_s],
+                self.attempts,
             )
             self._children.warm_up()
+        if self.batches:
+            self.batching = BatchWorker(self.worker, self._children)
+            self.batching.setup()
 
     def __call__(self, sources: Sequence[Source]) -> list[Source]:
+        if self.batching is not None:
+            return list(self.batching.stream(sources))
         if self._children is None:
             return [self.worker(source) for source in sources]
         pending = [
@@ -68,16 +87,31 @@ class Step:
 class StageActor:
     """Neighbouring segments in one Ray actor."""
 
-    def __init__(self, steps: Sequence[Step]) -> None:
+    def __init__(self, steps: Sequence[Step], roster: Any = None) -> None:
         self._steps = steps
         for step in steps:
             step.start()
+        workers = [step.batching for step in steps if step.batching is not None]
+        if roster is not None and workers:
+            threading.Thread(target=_beat, args=(workers, roster), daemon=True).start()
 
     def __call__(self, batch: Batch) -> Batch:
         sources = unpack(batch)
         for step in self._steps:
             sources = step(sources)
         return pack(sources)
+
+
+def _beat(workers: Sequence[BatchWorker], roster: Any) -> None:
+    """Signs of life to the run's roster, as long as this actor lives."""
+    import ray
+
+    context = ray.get_runtime_context()
+    actor, node = context.get_actor_id() or "", context.get_node_id()
+    while True:
+        for worker in workers:
+            roster.hear.remote(replace(worker.beat, worker=actor, node=node))
+        time.sleep(BEAT_S)
 
 
 def pack(sources: Sequence[Source]) -> Batch:
@@ -128,12 +162,19 @@ class RayEngine:
 
             ray.shutdown()
 
-    def run(self, plan: Plan, sources: Sequence[Source]) -> Iterator[Source]:
+    def run(
+        self, plan: Plan, sources: Sequence[Source], roster: Roster | None = None
+    ) -> Iterator[Source]:
         """Take sources through the plan, and give them back in order."""
         import ray
 
         try:
-            yield from _stream(plan, sources)
+            listening: Any = None
+            if any(segment.batches for segment in plan.segments):
+                listening = ray.remote(num_cpus=0)(Roster).options(**_beside_driver()).remote()
+            yield from _stream(plan, sources, listening)
+            if roster is not None and listening is not None:
+                roster.take_over(ray.get(listening.state.remote()))
         except ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[0]
             raise WorkerError(
@@ -142,7 +183,19 @@ class RayEngine:
             ) from error
 
 
-def _stream(plan: Plan, sources: Sequence[Source]) -> Iterator[Source]:
+def _beside_driver() -> dict[str, Any]:
+    """Where state lives that the run cannot do without: with the driver, it is lost with it only.
+
+    Where that node has no room (a head node without CPUs), anywhere else.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
+
+
+def _stream(plan: Plan, sources: Sequence[Source], roster: Any) -> Iterator[Source]:
     import ray
     from ray.data import DataContext
 
@@ -162,7 +215,7 @@ def _stream(plan: Plan, sources: Sequence[Source]) -> Iterator[Source]:
             steps = [Step(Worker.of(plan, s.first, s.last), s, plan) for s in segments]
             dataset = dataset.map_batches(
                 StageActor,
-                fn_constructor_args=(steps,),
+                fn_constructor_args=(steps, roster),
                 batch_size=None,
                 **_means(segments, steps),
             )
@@ -173,7 +226,9 @@ def _stream(plan: Plan, sources: Sequence[Source]) -> Iterator[Source]:
 def _actors(plan: Plan) -> list[list[Segment]]:
     """The segments by actor: neighbours that are one worker each share one, in order all the same."""
     actors: list[list[Segment]] = []
-    for single, group in groupby(plan.segments, key=lambda s: s.single and not s.gpus):
+    for single, group in groupby(
+        plan.segments, key=lambda s: s.single and not s.gpus and not s.batches
+    ):
         members = list(group)
         actors += [members] if single else [[segment] for segment in members]
     return actors
@@ -193,12 +248,13 @@ def _means(segments: Sequence[Segment], steps: Sequence[Step]) -> dict[str, Any]
         # What such an actor knows of this run dies with it. A run that stops is finished by the
         # next one; a run that goes on with half a memory would take copies for originals.
         # (`ray_remote_args_fn` would do too, but then Ray Data waits for the dead actor for ever.)
-        means |= {"max_restarts": 0, "max_task_retries": 0}
+        means |= {"max_restarts": 0, "max_task_retries": 0, **_beside_driver()}
     size: dict[str, Any] = (
         {"size": most} if least == most else {"min_size": least, "max_size": most}
     )
     if len(steps) == 1 and steps[0].isolated:
-        # While the last source of one block is at work, the other children begin the next.
+        # While the last source of one block is at work, the other children begin the next; while
+        # the model works on one block, the children decode the next.
         size["max_concurrent_calls_per_actor"] = 2
         size["max_tasks_in_flight_per_actor"] = 4
         size["enable_true_multi_threading"] = True
