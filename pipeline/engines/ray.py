@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -28,7 +28,7 @@ from winnow.operators.errors import WorkerError
 from winnow.pipeline.batching import BatchWorker
 from winnow.pipeline.isolation import Child, IsolatedWorkers
 from winnow.pipeline.plan import Plan, Segment
-from winnow.pipeline.roster import Roster
+from winnow.pipeline.roster import Beat, Roster
 from winnow.pipeline.worker import Worker
 from winnow.stages.records import Source
 
@@ -56,7 +56,7 @@ class Step:
         self._children: IsolatedWorkers | None = None
         self.batching: BatchWorker | None = None
 
-    def start(self) -> None:
+    def start(self, beat: Callable[[Beat], None] | None = None) -> None:
         if self.isolated:
             # A child would import the script that this process runs, which is Ray's and heavy.
             vars(sys.modules["__main__"]).pop("__file__", None)
@@ -68,7 +68,7 @@ class Step:
             )
             self._children.warm_up()
         if self.batches:
-            self.batching = BatchWorker(self.worker, self._children)
+            self.batching = BatchWorker(self.worker, self._children, beat=beat)
             self.batching.setup()
 
     def __call__(self, sources: Sequence[Source]) -> list[Source]:
@@ -89,11 +89,12 @@ class StageActor:
 
     def __init__(self, steps: Sequence[Step], roster: Any = None) -> None:
         self._steps = steps
+        beat = _beats(roster)
         for step in steps:
-            step.start()
+            step.start(beat)
         workers = [step.batching for step in steps if step.batching is not None]
-        if roster is not None and workers:
-            threading.Thread(target=_beat, args=(workers, roster), daemon=True).start()
+        if workers:
+            threading.Thread(target=_keep_beating, args=(workers, beat), daemon=True).start()
 
     def __call__(self, batch: Batch) -> Batch:
         sources = unpack(batch)
@@ -102,15 +103,24 @@ class StageActor:
         return pack(sources)
 
 
-def _beat(workers: Sequence[BatchWorker], roster: Any) -> None:
-    """Signs of life to the run's roster, as long as this actor lives."""
+def _beats(roster: Any) -> Callable[[Beat], None]:
+    """Carries this actor's signs of life to the run's roster."""
     import ray
 
     context = ray.get_runtime_context()
     actor, node = context.get_actor_id() or "", context.get_node_id()
+
+    def beat(sign: Beat) -> None:
+        if roster is not None:
+            roster.hear.remote(replace(sign, worker=actor, node=node))
+
+    return beat
+
+
+def _keep_beating(workers: Sequence[BatchWorker], beat: Callable[[Beat], None]) -> None:
     while True:
         for worker in workers:
-            roster.hear.remote(replace(worker.beat, worker=actor, node=node))
+            beat(worker.beat)
         time.sleep(BEAT_S)
 
 
@@ -216,7 +226,6 @@ def _stream(plan: Plan, sources: Sequence[Source], roster: Any) -> Iterator[Sour
             dataset = dataset.map_batches(
                 StageActor,
                 fn_constructor_args=(steps, roster),
-                batch_size=None,
                 **_means(segments, steps),
             )
     for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):
@@ -241,7 +250,10 @@ def _means(segments: Sequence[Segment], steps: Sequence[Step]) -> dict[str, Any]
     each = steps[0].processes
     least = math.ceil(max(s.workers_min for s in segments) / each)
     most = math.ceil(max(s.workers_max for s in segments) / each)
-    means: dict[str, Any] = {"num_cpus": each * max(s.cpus for s in segments)}
+    means: dict[str, Any] = {"num_cpus": each * max(s.cpus for s in segments), "batch_size": None}
+    if batches := segments[0].batches:
+        # Small blocks are put together into full batches for the model.
+        means["batch_size"] = batches.batch_clips
     if gpus := max(s.gpus for s in segments):
         means["num_gpus"] = gpus
     if any(stage.ordered for step in steps for stage in step.worker.stages):
