@@ -132,6 +132,8 @@ class Needs:
     """Columns of the clip that earlier stages wrote."""
     frame_embeddings: bool = False
     """The stage's vision backbone's embeddings of sampled frames (batch operators only)."""
+    backbone: str | None = None
+    """The only backbone whose embeddings are of use; None where any is."""
 
 
 @dataclass(slots=True)

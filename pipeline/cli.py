@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from winnow.pipeline.config import RunConfig
     from winnow.pipeline.run import RunResult
 
 app = typer.Typer(
@@ -22,6 +23,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at and check configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+models_app = typer.Typer(help="Look at and fetch the models.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
 
 FAILED, USAGE = 1, 2
 INTERRUPTED = 130  # what typer makes of Ctrl-C
@@ -31,6 +34,12 @@ ConfigOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one setting")
+]
+DomainOption = Annotated[
+    str | None,
+    typer.Option(
+        "--domain", help="robotics, driving, smart_spaces, human_dynamics, physics, a path"
+    ),
 ]
 LakeOption = Annotated[str, typer.Option("--lake", help="folder or object-store URL of the lake")]
 StorageOption = Annotated[
@@ -68,6 +77,7 @@ def run(
     engine: Annotated[Engine | None, typer.Option(help="overrides the configuration")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="take up at most N new files")] = None,
     overrides: SetOption = None,
+    domain: DomainOption = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="try files again that failed before")
     ] = False,
@@ -78,7 +88,6 @@ def run(
     json_output: JsonOption = False,
 ) -> None:
     """Filter a folder of videos into a lake."""
-    from winnow.pipeline.config import load_config
     from winnow.pipeline.console import run_progress
     from winnow.pipeline.run import run as run_pipeline
 
@@ -88,9 +97,10 @@ def run(
     if ray_address is not None and engine is None:
         changes.append("engine=ray")
     options = _pairs(storage_option)
+    run_config = _configured(config, changes, domain)
     with run_progress() as progress:
         result = run_pipeline(
-            load_config(config, changes),
+            run_config,
             input_uri,
             _lake(lake, options),
             limit=limit,
@@ -100,6 +110,19 @@ def run(
             options=options,
         )
     _show_result(result, lake, json_output=json_output)
+
+
+def _configured(config: str, overrides: list[str], domain: str | None) -> RunConfig:
+    """The configuration, with what its domain changes said on stderr."""
+    from winnow.pipeline.config import load_config
+    from winnow.pipeline.console import complain
+    from winnow.pipeline.domains import policy_of
+
+    notes: list[str] = []
+    loaded = load_config(config, overrides, domain, notes)
+    for note in (*notes, *policy_of(loaded)[1]):
+        complain(note)
+    return loaded
 
 
 def _show_result(result: RunResult, lake: str, *, json_output: bool) -> None:
@@ -121,6 +144,7 @@ def _show_result(result: RunResult, lake: str, *, json_output: bool) -> None:
                 "not_readable": result.not_readable,
                 "wall_s": round(result.wall_s, 3),
                 "stages": result.stages,
+                "workers": result.workers,
             }
         )
     else:
@@ -136,6 +160,8 @@ def refilter(
     json_output: JsonOption = False,
 ) -> None:
     """Decide again from the stored scores, by another policy. No video is read."""
+    from dataclasses import asdict
+
     from winnow.pipeline.console import print_json, say
     from winnow.pipeline.policy import load_policy
     from winnow.pipeline.refilter import refilter as decide_again
@@ -149,12 +175,15 @@ def refilter(
                 "verdicts": result.counts,
                 "changed": result.changed,
                 "kept_without_media": result.kept_without_media,
+                "limits": [asdict(limit) for limit in result.limits],
                 "written": not dry_run,
             }
         )
         return
     counts = " + ".join(f"{n} {name}" for name, n in sorted(result.counts.items())) or "0"
     say(f"policy {result.policy}: clips {result.clips} = {counts}; {result.changed} changed")
+    for limit in result.limits:
+        say(str(limit))
     if result.kept_without_media:
         say(
             f"{result.kept_without_media} of the kept clips have no media yet, so they are not in "
@@ -174,6 +203,30 @@ def sql(
     from winnow.pipeline.query import write_query
 
     write_query(_lake(lake, _pairs(storage_option)), query, output.value, out)
+
+
+@app.command()
+def search(
+    lake: LakeOption,
+    text: Annotated[str, typer.Option("--text", "-t", help="what to look for")],
+    count: Annotated[int, typer.Option("-k", min=1, max=1000, help="how many clips")] = 10,
+    models: Annotated[
+        str | None, typer.Option(help="a models file; default: the one of the lake's latest run")
+    ] = None,
+    storage_option: StorageOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Find the clips whose frames are nearest to a text."""
+    from dataclasses import asdict
+
+    from winnow.pipeline.console import print_hits, print_json
+    from winnow.pipeline.search import search_text
+
+    hits = search_text(_lake(lake, _pairs(storage_option)), text, count, models=models)
+    if json_output:
+        print_json([asdict(hit) for hit in hits])
+    else:
+        print_hits(hits)
 
 
 @app.command()
@@ -230,23 +283,24 @@ def doctor(json_output: JsonOption = False) -> None:
 
 
 @config_app.command("show")
-def config_show(config: ConfigOption = "cpu", overrides: SetOption = None) -> None:
+def config_show(
+    config: ConfigOption = "cpu", overrides: SetOption = None, domain: DomainOption = None
+) -> None:
     """Print a configuration with every default filled in, as YAML."""
     import yaml
 
-    from winnow.pipeline.config import load_config
-
-    content = load_config(config, overrides or []).model_dump(mode="json")
+    content = _configured(config, overrides or [], domain).model_dump(mode="json")
     typer.echo(yaml.safe_dump(content, sort_keys=False), nl=False)
 
 
 @config_app.command("validate")
-def config_validate(config: ConfigOption = "cpu", overrides: SetOption = None) -> None:
+def config_validate(
+    config: ConfigOption = "cpu", overrides: SetOption = None, domain: DomainOption = None
+) -> None:
     """Check a configuration and its policy without reading any input."""
-    from winnow.pipeline.config import load_config
     from winnow.pipeline.planning import check_config
 
-    plan = check_config(load_config(config, overrides or []))
+    plan = check_config(_configured(config, overrides or [], domain))
     typer.echo(
         f"{config} is valid: {len(plan.config.stages)} stages, {len(plan.clip_columns)} columns, "
         f"{len(plan.policy.rules)} rules in policy {plan.policy.name}"
@@ -262,6 +316,60 @@ def config_schema(
     from winnow.pipeline.describe import configuration_schema, policy_schema
 
     print_json(policy_schema() if policy else configuration_schema())
+
+
+ModelsOption = Annotated[
+    str, typer.Option("--models", help="path of a file laid over configs/models.yaml")
+]
+
+
+@models_app.command("list")
+def models_list(models: ModelsOption = "models", json_output: JsonOption = False) -> None:
+    """List the models: where they come from, under what licence, and whether they are here."""
+    from winnow.operators.models import Models
+    from winnow.pipeline.console import print_json, print_models
+    from winnow.pipeline.models import list_models
+
+    rows = list_models(Models.read(models))
+    if json_output:
+        print_json(rows)
+    else:
+        print_models(rows)
+
+
+@models_app.command("pull")
+def models_pull(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="names; default: what --config needs")
+    ] = None,
+    config: ConfigOption = "gpu",
+    overrides: SetOption = None,
+    models: Annotated[
+        str | None, typer.Option("--models", help="path of a file laid over configs/models.yaml")
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Fetch models: those named, or those that a configuration needs."""
+    from winnow.operators.models import Models
+    from winnow.pipeline.config import load_config
+    from winnow.pipeline.console import complain, print_json, say
+    from winnow.pipeline.models import pull
+    from winnow.pipeline.planning import check_config
+
+    if names:
+        registry = Models.read(models or "models")
+    else:
+        run_config = load_config(config, overrides or [])
+        names = list(check_config(run_config).needed_models)
+        registry = Models.read(models or run_config.models)
+        if not names:
+            say(f"the configuration {config} needs no models")
+            return
+    pulled = pull(registry, names, complain)
+    if json_output:
+        print_json(pulled)
+    for row in pulled if not json_output else ():
+        say(f"{row['name']}: {row['where']}")
 
 
 def _lake(uri: str, options: dict[str, str]) -> Any:

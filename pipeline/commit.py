@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,7 +12,7 @@ from winnow.pipeline.lake import Lake, sequence_number
 from winnow.pipeline.plan import Plan
 from winnow.stages.records import Clip, Decision, Source
 
-TABLES_IN_ORDER = ("clips", "embeddings", "verdicts", "dataset", "sources")
+TABLES_IN_ORDER = ("clips", "embeddings", "captions", "verdicts", "dataset", "sources")
 
 
 @dataclass
@@ -66,6 +66,10 @@ class Committer:
                  "vector": vector.tolist()}
                 for model, vector in clip.vectors.items()
             ]  # fmt: skip
+            rows["captions"] += [
+                {"clip_id": clip.clip_id, "attempt_id": source.attempt_id, **asdict(caption)}
+                for caption in clip.captions
+            ]
             rows["verdicts"].append(self._verdict_row(clip.clip_id, source, clip.decision))
             if clip.decision.verdict == "keep" and clip.media is not None:
                 rows["dataset"].append(self._dataset_row(source, clip))

@@ -24,6 +24,9 @@ from winnow.operators.operator import Operator
 from winnow.operators.registry import operator_class
 from winnow.operators.settings import Strict, find_config, parse_yaml, validate
 from winnow.operators.shots import Detector, TransNetV2Detector
+from winnow.operators.vlm.backend import TransformersSettings, VlmSettings
+from winnow.operators.vlm.caption_prompts import LENGTHS, Length
+from winnow.pipeline.domains import apply_domain
 
 T = TypeVar("T")
 
@@ -115,6 +118,17 @@ class TranscodeConfig(StageConfig):
     preset: str = "veryfast"
 
 
+class CaptionConfig(ModelStageConfig):
+    stage: Literal["caption"]
+    vlm: VlmSettings = TransformersSettings()
+    domain: str = Field("general", description="path or name in configs/prompts/captions")
+    window_s: float = Field(5.0, ge=1, description="a caption is of at most so many seconds")
+    fps: float = Field(2.0, gt=0, description="frames a second that the model sees")
+    pixels: int = Field(4 * 2**20, ge=1024, description="most pixels of one window")
+    lengths: tuple[Length, ...] = Field(LENGTHS, min_length=1)
+    max_tokens: int = Field(1024, ge=1, description="of one answer, all lengths together")
+
+
 class ShardConfig(StageConfig):
     stage: Literal["shard"]
     cpus: float = Field(0.1, gt=0)
@@ -122,7 +136,13 @@ class ShardConfig(StageConfig):
 
 
 AnyStage = Annotated[
-    IngestConfig | SplitConfig | FilterConfig | DedupConfig | TranscodeConfig | ShardConfig,
+    IngestConfig
+    | SplitConfig
+    | FilterConfig
+    | DedupConfig
+    | TranscodeConfig
+    | CaptionConfig
+    | ShardConfig,
     Field(discriminator="stage"),
 ]
 
@@ -141,6 +161,7 @@ class RunConfig(Strict):
     description: str = ""
     engine: Literal["inline", "ray"] = "inline"
     policy: str = Field(description="path or name in configs/policies")
+    domain: str | None = Field(None, description="path or name in configs/domains")
     models: str = Field("models", description="path of a file laid over configs/models.yaml")
     stages: tuple[AnyStage, ...]
     commit: CommitConfig = CommitConfig()
@@ -218,10 +239,25 @@ def _item(place: list[Any], key: str, where: str, assignment: str) -> int:
     raise ConfigError(f"--set {assignment!r}: the list has no item {where!r}")
 
 
-def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read, override and check a configuration. Raises ConfigError."""
+def load_config(
+    name: str,
+    overrides: Sequence[str] = (),
+    domain: str | None = None,
+    notes: list[str] | None = None,
+) -> RunConfig:
+    """Read a configuration, lay a domain's profile over it, override, check. Raises ConfigError.
+
+    `notes` takes what the profile changed, for people.
+    """
     text, origin = find_config(name)
     content = parse_yaml(text, origin)
+    asked = [value for key, _, value in (o.partition("=") for o in overrides) if key == "domain"]
+    domain = domain or (asked[-1] if asked else content.get("domain"))
+    if isinstance(domain, str):
+        laid = apply_domain(content, domain)
+        content = laid.content | {"domain": domain}
+        if notes is not None:
+            notes += laid.notes
     for assignment in overrides:
         apply_override(content, assignment)
     return validate(RunConfig, content, origin)

@@ -29,6 +29,7 @@ from winnow.stages.records import Source
 
 if TYPE_CHECKING:
     from winnow.pipeline.doctor import Finding
+    from winnow.pipeline.search import Hit
 
 LINE_EVERY_S = 15.0
 _errors = Console(stderr=True)
@@ -38,6 +39,11 @@ _output = Console(soft_wrap=True)
 def say(text: str) -> None:
     """A line for people on stdout."""
     _output.print(escape(text), highlight=False)
+
+
+def complain(text: str) -> None:
+    """A line for people on stderr."""
+    _errors.print(escape(text), highlight=False)
 
 
 def print_json(content: Any) -> None:
@@ -97,6 +103,9 @@ def print_run(result: RunResult, lake: str) -> None:
     for line in extra:
         say(line)
     _list_unreadable(result)
+    for pool in result.workers:
+        busy = "" if pool["busy_share"] is None else f", its model busy {pool['busy_share']:.0%}"
+        say(f"stage {pool['stage']}: up to {pool['most_at_once']} workers at once{busy}")
     say(f"{result.wall_s:.1f} s; the ledger balances; run {result.run_id}")
     say(f"look: winnow report --lake {lake} --out report.html")
 
@@ -104,6 +113,38 @@ def print_run(result: RunResult, lake: str) -> None:
 def _list_unreadable(result: RunResult) -> None:
     for key, reason in result.not_readable[:10]:
         _errors.print(f"not taken up: {escape(key)}: {escape(reason)}", highlight=False)
+
+
+def print_models(rows: Sequence[dict[str, Any]]) -> None:
+    table = Table("model", "role", "MB", "licence", "from", "here", box=None)
+    for row in rows:
+        gated = " (gated)" if row["gated"] else ""
+        table.add_row(
+            row["name"],
+            row["role"],
+            str(row["size_mb"] or ""),
+            escape(row["licence"]) + gated,
+            escape(row["identity"]),
+            "yes" if row["present"] else "no",
+        )
+    _output.print(table)
+
+
+def print_hits(hits: Sequence[Hit]) -> None:
+    if not hits:
+        say("no clip of the lake has a semantic vector of that backbone yet")
+        return
+    table = Table("similarity", "verdict", "from", "to", "uri", "prompt", box=None)
+    for hit in hits:
+        table.add_row(
+            f"{hit.similarity:.3f}",
+            hit.verdict or "",
+            f"{hit.start_s:.2f}",
+            f"{hit.end_s:.2f}",
+            escape(hit.uri),
+            escape((hit.prompt or "")[:60]),
+        )
+    _output.print(table)
 
 
 def print_operators(described: Sequence[dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from winnow.operators.errors import ConfigError
 from winnow.operators.operator import Operator
 from winnow.operators.registry import all_operators
 from winnow.pipeline.config import RunConfig
-from winnow.pipeline.policy import Policy
+from winnow.pipeline.policy import PolicyFile
 
 
 def describe_operators() -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def configuration_schema() -> dict[str, Any]:
 
 def policy_schema() -> dict[str, Any]:
     """JSON Schema of a policy."""
-    return Policy.model_json_schema()
+    return PolicyFile.model_json_schema()
 
 
 def _settings_schema(cls: type[Any]) -> dict[str, Any]:

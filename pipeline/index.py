@@ -114,6 +114,22 @@ class MilvusIndex:
                 )
         return found
 
+    def nearest(self, vector: NDArray[np.float32], count: int) -> list[tuple[str, float]]:
+        """(clip id, cosine) of the nearest clips, nearest first; equal ones by id."""
+        with _explained(self.uri):
+            if not self.present:
+                return []
+            (hits,) = self._client.search(
+                self.collection,
+                data=[vector.tolist()],
+                limit=count,
+                output_fields=["clip_id"],
+                search_params={"metric_type": "COSINE"},
+                consistency_level="Strong",
+            )
+        found = [(hit["entity"]["clip_id"], round(float(hit["distance"]), 6)) for hit in hits]
+        return sorted(found, key=lambda hit: (-hit[1], hit[0]))
+
     def add(self, entry: Entry) -> None:
         self.add_all([entry])
 

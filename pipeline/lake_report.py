@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from winnow.pipeline.lake import Lake
-from winnow.pipeline.policy import Policy, Rule
+from winnow.pipeline.policy import Policy
 from winnow.pipeline.report import RuleShown, write_report
 from winnow.pipeline.views import connect
 
@@ -19,12 +19,8 @@ def write_lake_report(lake: Lake, out: Path) -> Path:
         text = row[0] if row else None
         policy = Policy.model_validate(json.loads(text)) if text else None
         rules = [
-            RuleShown(rule.name, rule.reason, _predicate(rule))
+            RuleShown(rule.name, rule.reason, rule.predicate)
             for rule in (policy.rules if policy else ())
         ]
         write_report(connection, rules, out, title=lake.uri)
     return out.absolute()
-
-
-def _predicate(rule: Rule) -> str:
-    return f"({rule.when}) AND ({rule.reject})" if rule.when else rule.reject

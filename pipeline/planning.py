@@ -11,7 +11,9 @@ from winnow.operators.errors import ConfigError
 from winnow.operators.models import Models
 from winnow.operators.operator import BatchOperator
 from winnow.operators.settings import find_config, parse_yaml, validate
+from winnow.operators.vlm.caption_prompts import CaptionPrompts
 from winnow.pipeline.config import (
+    CaptionConfig,
     DedupConfig,
     FilterConfig,
     IngestConfig,
@@ -22,12 +24,14 @@ from winnow.pipeline.config import (
     build_operators,
     stage_label,
 )
+from winnow.pipeline.domains import policy_of
 from winnow.pipeline.index import OpenKeptIndex, default_index_uri
 from winnow.pipeline.lake import Lake
 from winnow.pipeline.plan import Placement, Plan
-from winnow.pipeline.policy import Evaluator, Policy, load_policy
+from winnow.pipeline.policy import Evaluator, Policy
 from winnow.pipeline.storage import Storage
 from winnow.stages.batch_filter import BatchFilter
+from winnow.stages.caption import Caption
 from winnow.stages.dedup import Dedup
 from winnow.stages.filter import Filter
 from winnow.stages.ingest import Claim, Ingest
@@ -75,9 +79,8 @@ def _measure_ahead(config: RunConfig, placements: list[Placement]) -> None:
 def check_config(config: RunConfig) -> Plan:
     """The plan that a configuration would give, without an input or a lake. Raises ConfigError."""
     here = Storage.open(".")
-    return make_plan(
-        config, load_policy(config.policy), files=here, media=here, lake=Lake("."), claimed={}
-    )
+    policy, _ = policy_of(config)
+    return make_plan(config, policy, files=here, media=here, lake=Lake("."), claimed={})
 
 
 def check(plan: Plan) -> None:
@@ -179,6 +182,12 @@ def _construct(
             return Transcode(
                 files, media, config.encoder, config.crf, config.preset, config.threads,
                 config.timeout_s, label,
+            )  # fmt: skip
+        case CaptionConfig():
+            return Caption(
+                files, config.vlm, models, CaptionPrompts.read(config.domain), config.window_s,
+                config.fps, config.pixels, config.lengths, config.max_tokens, config.threads, label,
+                config.batch_clips, config.batch_pixels,
             )  # fmt: skip
         case ShardConfig():
             text, origin = find_config(config.taxonomy, "taxonomy")

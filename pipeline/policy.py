@@ -3,7 +3,8 @@
 One evaluator (DuckDB) decides inside a run, after every stage, and in `winnow refilter`. A rule
 rejects where its predicate is true. Where it is NULL the clip's verdict is `error`, not `reject`: a
 measure that failed is no low score. A rejected clip lists every rule that rejects it; a clip that no
-rule rejects but some rule cannot judge is an error and lists those.
+rule rejects but some rule cannot judge is an error and lists those. A percentile rule rejects by the
+clip's place among all clips of the lake: only refilter knows it, so a run leaves such a rule open.
 """
 
 from __future__ import annotations
@@ -15,20 +16,49 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from winnow.operators.errors import ConfigError
 from winnow.operators.operator import Column
 from winnow.operators.settings import Strict, find_config, parse_yaml, validate
+from winnow.pipeline.percentiles import (
+    Limit,
+    Percentile,
+    beyond_limit,
+    join_limits,
+    limit_tables,
+    measure_limits,
+)
 
 
 class Rule(Strict):
-    """One reason to reject a clip."""
+    """One reason to reject a clip: a predicate, or a percentile of the lake."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    reject: str = Field(description="SQL predicate over the clip's columns; true rejects")
-    when: str | None = Field(None, description="SQL predicate: the rule applies where it is true")
+    reject: str = Field("", description="SQL predicate over the clip's columns; true rejects")
+    percentile: Percentile | None = Field(
+        None, description="in place of `reject`: the clip's place among all clips of the lake"
+    )
+    when: str | None = Field(
+        None,
+        description="SQL predicate: the rule applies where it is true. It does not narrow the "
+        "population of a percentile",
+    )
     reason: str = Field("", description="what is wrong with such a clip, for people")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Rule:
+        if self.percentile is None and "reject" not in self.model_fields_set:
+            raise ValueError("give the rule a predicate `reject`, or a `percentile`")
+        if self.percentile is not None and self.reject:
+            raise ValueError("a rule has either `reject` or `percentile`")
+        return self
+
+    @property
+    def predicate(self) -> str:
+        """What rejects, for people: SQL, or the percentile in words."""
+        rejects = self.reject if self.percentile is None else str(self.percentile)
+        return f"({self.when}) AND ({rejects})" if self.when else rejects
 
 
 class Policy(Strict):
@@ -44,11 +74,45 @@ class Policy(Strict):
             if names.count(name) > 1:
                 raise ValueError(f"two rules are called {name!r}")
 
+    @property
+    def needs_population(self) -> bool:
+        """Some rule is decided over the whole lake, after the run: see pipeline/percentiles.py."""
+        return any(rule.percentile is not None for rule in self.rules)
+
+
+class PolicyFile(Policy):
+    """A policy as it is written: it may stand on another one."""
+
+    extends: str | None = Field(None, description="path or name of the policy that this adds to")
+    without: tuple[str, ...] = Field((), description="rules of that policy to leave out")
+    rules: tuple[Rule, ...] = ()
+
+    def over(self, base: Policy, origin: str) -> Policy:
+        """This policy's rules over those of its base: a rule of the same name takes its place."""
+        rules = {rule.name: rule for rule in base.rules}
+        for name in self.without:
+            if name not in rules:
+                raise ConfigError(f"{origin}: without: {base.name} has no rule {name!r}")
+            del rules[name]
+        rules |= {rule.name: rule for rule in self.rules}
+        return Policy(name=self.name, description=self.description, rules=tuple(rules.values()))
+
 
 def load_policy(name: str) -> Policy:
     """Read a policy: a path, or a name in configs/policies. Raises ConfigError."""
+    return _load_policy(name, ())
+
+
+def _load_policy(name: str, above: tuple[str, ...]) -> Policy:
+    if name in above:
+        raise ConfigError(f"policies extend each other in a circle: {' -> '.join((*above, name))}")
     text, origin = find_config(name, "policies")
-    return validate(Policy, parse_yaml(text, origin), origin)
+    written = validate(PolicyFile, parse_yaml(text, origin), origin)
+    if written.extends is None:
+        if written.without or "rules" not in written.model_fields_set:
+            raise ConfigError(f"{origin}: give `rules`, or name a policy that this one `extends`")
+        return Policy(name=written.name, description=written.description, rules=written.rules)
+    return written.over(_load_policy(written.extends, (*above, name)), origin)
 
 
 # Facts of the source that a rule may use beside the clip's own columns.
@@ -89,6 +153,16 @@ def predicate_columns(predicate: str, where: str) -> set[str]:
     return columns
 
 
+def rejecting_columns(rule: Rule, where: str) -> set[str]:
+    """Lower-case names of the columns that a rule rejects by, apart from its `when`.
+
+    Raises ConfigError where the predicate is none.
+    """
+    if rule.percentile is not None:
+        return rule.percentile.columns
+    return predicate_columns(rule.reject, where)
+
+
 def _kinds(tree: Any, kind: str) -> Iterator[dict[str, Any]]:
     if isinstance(tree, dict):
         if tree.get("class") == kind:
@@ -127,9 +201,9 @@ class Evaluator:
     def _check(self, rule: Rule) -> set[str]:
         where = f"policy {self.policy.name}, rule {rule.name}"
         known = {name.lower() for name in self._schema.names}
-        reads: set[str] = set()
-        for predicate in (p for p in (rule.reject, rule.when) if p is not None):
-            reads |= predicate_columns(predicate, where)
+        reads = rejecting_columns(rule, where)
+        if rule.when is not None:
+            reads |= predicate_columns(rule.when, where)
         for column in sorted(reads - known):
             near = get_close_matches(column, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
@@ -137,15 +211,18 @@ class Evaluator:
                 f"{where}: no stage or operator writes the column {column!r}. {hint}"
                 "Add the operator to a filter stage or drop the rule"
             )
+        if rule.percentile is not None:
+            rule.percentile.check(self._schema, where)
+        predicates = (None if rule.percentile else rule.reject, rule.when)
         empty = self._schema.empty_table()
         self._connection.register("clips", empty)
         try:
-            for predicate in (p for p in (rule.reject, rule.when) if p is not None):
+            for predicate in (p for p in predicates if p is not None):
                 described = f"DESCRIBE SELECT ({predicate}\n) FROM clips"
                 kind = self._connection.execute(described).fetchall()[0][1]
                 if kind != "BOOLEAN":
                     raise ConfigError(f"{where}: {predicate!r} is {kind}, not true or false")
-            self._connection.execute(f"SELECT {_judgement(rule)} FROM clips")
+            self._judge([rule], [])
         except duckdb.Error as error:
             raise ConfigError(f"{where}: {error}") from error
         finally:
@@ -158,12 +235,14 @@ class Evaluator:
         """For each clip the rules that reject it and the rules that cannot judge it.
 
         With `written`, only rules whose columns are all in it are asked (in the middle of a run).
+        Percentile rules are never asked here: a few clips are not their population.
         """
         source = {column.name.lower() for column in SOURCE_COLUMNS}
         rules = [
             rule
             for rule in self.policy.rules
-            if written is None or self.reads[rule.name] <= (written | source)
+            if rule.percentile is None
+            and (written is None or self.reads[rule.name] <= (written | source))
         ]
         if not rows or not rules:
             return [([], []) for _ in rows]
@@ -175,19 +254,41 @@ class Evaluator:
         selected = ", ".join(_judgement(rule) for rule in rules)
         answers = []
         for row in rows:
-            parameters = [row.get(f.name) for f in fields]
+            parameters = [_parameter(row.get(f.name), f.type) for f in fields]
             answers += self._connection.execute(query.format(selected), parameters).fetchall()
         return _sort(rules, answers)
 
-    def judge(self, table: pa.Table, rules: Sequence[Rule]) -> list[tuple[list[str], list[str]]]:
-        """`rejects` for an Arrow table that has the declared columns."""
-        self._connection.register("clips", table)
+    def judge(
+        self, table: pa.Table, rules: Sequence[Rule]
+    ) -> tuple[list[tuple[list[str], list[str]]], list[Limit]]:
+        """`rejects` for an Arrow table that has the declared columns, in its order.
+
+        The table is the population of percentile rules; also returns where these lie.
+        """
+        if not rules:
+            return [([], []) for _ in range(table.num_rows)], []
+        rows = pa.array(range(table.num_rows), pa.int64())
+        self._connection.register("clips", table.append_column("_row", rows))
+        limits: list[Limit] = []
         try:
-            selected = ", ".join(_judgement(rule) for rule in rules)
-            answers = self._connection.execute(f"SELECT {selected} FROM clips").fetchall()
+            answers = self._judge(rules, limits, " ORDER BY clips._row")
         finally:
             self._connection.unregister("clips")
-        return _sort(rules, answers)
+        return _sort(rules, answers), limits
+
+    def _judge(
+        self, rules: Sequence[Rule], limits: list[Limit], order: str = ""
+    ) -> list[tuple[Any, ...]]:
+        """The rules' answers for every row of the table `clips`; percentiles go into `limits`."""
+        ranking = {rule.name: rule.percentile for rule in rules if rule.percentile is not None}
+        tables = limit_tables(list(ranking))
+        joins = []
+        for name, percentile in ranking.items():
+            limits += measure_limits(self._connection, name, percentile, tables[name])
+            joins.append(join_limits(percentile, tables[name]))
+        selected = ", ".join(_judgement(rule, tables) for rule in rules)
+        query = f"SELECT {selected} FROM clips {' '.join(joins)}{order}"
+        return self._connection.execute(query).fetchall()
 
 
 def _sort(
@@ -212,12 +313,28 @@ _SQL_TYPES = {
 def _sql_type(kind: pa.DataType) -> str:
     if pa.types.is_list(kind):
         return f"{_sql_type(kind.value_type)}[]"
+    if pa.types.is_map(kind):
+        return f"MAP({_sql_type(kind.key_type)}, {_sql_type(kind.item_type)})"
     return _SQL_TYPES.get(kind, "VARCHAR")
 
 
-def _judgement(rule: Rule) -> str:
-    """SQL: true rejects, false does not, NULL cannot say. A `when` that is false settles it."""
-    reject = f"CAST(({rule.reject}\n) AS BOOLEAN)"
+def _parameter(value: Any, kind: pa.DataType) -> Any:
+    """A cell as DuckDB takes it: a map, pairs or a dict as for Arrow, as lists of keys and values."""
+    if value is None or not pa.types.is_map(kind):
+        return value
+    pairs = dict(value)
+    return {"key": list(pairs), "value": list(pairs.values())}
+
+
+def _judgement(rule: Rule, limits: Mapping[str, str] | None = None) -> str:
+    """SQL: true rejects, false does not, NULL cannot say. A `when` that is false settles it.
+
+    `limits` names the table of each percentile rule.
+    """
+    if rule.percentile is not None:
+        reject = beyond_limit(rule.percentile, (limits or {})[rule.name])
+    else:
+        reject = f"CAST(({rule.reject}\n) AS BOOLEAN)"
     if rule.when is None:
         return reject
     when = f"CAST(({rule.when}\n) AS BOOLEAN)"

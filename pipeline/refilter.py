@@ -1,4 +1,7 @@
-"""Refilter: decide again over the whole lake from stored scores. No video is read."""
+"""Refilter: decide again over the whole lake from stored scores. No video is read.
+
+A run whose policy has percentile rules ends with this too: only here is their population known.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from winnow.operators.errors import ConfigError
 from winnow.operators.operator import Column
 from winnow.pipeline.config import DedupConfig, RunConfig
 from winnow.pipeline.lake import Lake, sequence_number
-from winnow.pipeline.policy import Evaluator, Policy
+from winnow.pipeline.percentiles import Limit
+from winnow.pipeline.policy import SOURCE_COLUMNS, Evaluator, Policy
 from winnow.pipeline.run import policy_hash
 from winnow.pipeline.views import connect, one_row
 from winnow.pipeline.worker import verdict
@@ -35,17 +39,23 @@ class RefilterResult:
     changed: int = 0
     """Clips whose verdict differs from the latest one before."""
     kept_without_media: int = 0
-    """Newly kept clips whose media no run has made yet."""
+    """Newly kept clips whose media no run has made yet: a duplicate whose better copy is rejected
+    now may become the one to keep, and was never encoded."""
+    limits: list[Limit] = field(default_factory=list)
+    """Where the percentiles of the policy's rules lie, by rule and group."""
 
 
-def refilter(lake: Lake, policy: Policy, *, dry_run: bool = False) -> RefilterResult:
+def refilter(
+    lake: Lake, policy: Policy, *, dry_run: bool = False, config: RunConfig | None = None
+) -> RefilterResult:
     """Apply a policy to every clip of the lake and append the verdicts.
 
     Near-duplicates are decided anew too, by the same rule, in the order of ingestion, with the
-    embedding and threshold of the lake's latest run. Raises LakeError, ConfigError.
+    embedding and threshold of `config`, by default that of the lake's latest run. A run that is
+    about to end and has no row in `runs` yet gives its own. Raises LakeError, ConfigError.
     """
     lake.require()
-    config = latest_config(lake)
+    config = config or latest_config(lake)
     dedup = config.stage("dedup")
     with connect(lake) as connection:
         table = connection.sql(
@@ -56,9 +66,9 @@ def refilter(lake: Lake, policy: Policy, *, dry_run: bool = False) -> RefilterRe
         with_media = {
             row[0] for row in connection.execute("SELECT clip_id FROM raw_dataset").fetchall()
         }
-    decisions = _decide(table, policy, dedup, vectors)
+    decisions, limits = _decide(table, policy, dedup, vectors)
     clip_ids = table["clip_id"].to_pylist()
-    result = RefilterResult(policy.name, table.num_rows)
+    result = RefilterResult(policy.name, table.num_rows, limits=limits)
     rows = []
     for clip_id, attempt, decision, old in zip(
         clip_ids,
@@ -113,14 +123,14 @@ def _vectors(
 
 def _decide(
     table: pa.Table, policy: Policy, dedup: DedupConfig | None, vectors: dict[str, np.ndarray]
-) -> list[Decision]:
+) -> tuple[list[Decision], list[Limit]]:
     names = [n for n in table.schema.names if not n.startswith("_")]
-    source = {"fps", "width", "height", "variable_frame_rate", "prompt", "generator"}
+    source = {column.name for column in SOURCE_COLUMNS}
     columns = [
         Column(name, table.schema.field(name).type, "") for name in names if name not in source
     ]
     evaluator = Evaluator(policy, columns)
-    judged = evaluator.judge(table, policy.rules) if policy.rules else [([], [])] * table.num_rows
+    judged, limits = evaluator.judge(table, policy.rules)
     index = ExactIndex()
     decisions: dict[str, Decision] = {}
     wanted = ["clip_id", "width", "height", "failure"]
@@ -141,4 +151,4 @@ def _decide(
                     "duplicate", ("duplicate",), clip_id, old.similarity
                 )
         decisions[clip_id] = verdict(rejecting, undecided, row["failure"], duplicate_of, similarity)
-    return [decisions[clip_id] for clip_id in table["clip_id"].to_pylist()]
+    return [decisions[clip_id] for clip_id in table["clip_id"].to_pylist()], limits

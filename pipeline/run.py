@@ -15,14 +15,17 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from winnow.operators.errors import LedgerError
+from winnow.operators.models import Models
 from winnow.pipeline.commit import Committer
 from winnow.pipeline.config import IngestConfig, RunConfig
+from winnow.pipeline.domains import policy_of
 from winnow.pipeline.engines.inline import run_inline
 from winnow.pipeline.lake import Lake
 from winnow.pipeline.ledger import Ledger, read_ledger
+from winnow.pipeline.models import check_present
 from winnow.pipeline.plan import Plan
 from winnow.pipeline.planning import check_config, make_plan
-from winnow.pipeline.policy import Policy, load_policy
+from winnow.pipeline.policy import Policy
 from winnow.pipeline.roster import Roster
 from winnow.pipeline.storage import FoundFile, Storage
 from winnow.pipeline.views import connect
@@ -101,7 +104,7 @@ def _run(
     options: dict[str, str] | None,
 ) -> RunResult:
     started, clock = datetime.now(UTC), time.perf_counter()
-    policy = load_policy(config.policy)
+    policy, _ = policy_of(config)
     run_id = f"{started:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
     files = Storage.open(input_uri, options=options)
     media = Storage.open(lake.media_uri, options=lake.options, create=True)
@@ -112,6 +115,8 @@ def _run(
         ledger = Ledger(0, expects_media=False)
         return RunResult(run_id, ledger, listing.skipped, listing.not_generations,
                          time.perf_counter() - clock, [], [], listing.not_readable)  # fmt: skip
+    if config.engine == "inline":
+        check_present(Models.read(config.models), plan.needed_models)
     lake.create(plan.clip_columns)
     committer = Committer(lake, plan, run_id, policy_hash(policy, config))
     total = len(listing.sources)
@@ -123,13 +128,14 @@ def _run(
     for done, source in enumerate(committer.consume(stream), start=1):
         totals.add(source)
         progress.report(done, total, source)
+    unmade = _decide_by_population(lake, plan)
     with connect(lake) as connection:
         ledger = read_ledger(
             connection,
             run_id,
             policy.name,
             total,
-            expects_media=plan.config.stage("shard") is not None,
+            expects_media=plan.config.stage("shard") is not None and not unmade,
         )
     wall = time.perf_counter() - clock
     lake.append("runs", [
@@ -157,6 +163,18 @@ def _run(
         )  # fmt: skip
     return RunResult(run_id, ledger, listing.skipped, listing.not_generations, wall,
                      totals.rows(), roster.rows(), listing.not_readable)  # fmt: skip
+
+
+def _decide_by_population(lake: Lake, plan: Plan) -> int:
+    """Percentiles are known when all clips are: decide the lake anew by the same code as refilter.
+
+    Returns the number of clips that are kept now and that no run has encoded.
+    """
+    if not plan.policy.needs_population:
+        return 0
+    from winnow.pipeline.refilter import refilter  # which knows runs
+
+    return refilter(lake, plan.policy, config=plan.config).kept_without_media
 
 
 def policy_hash(policy: Policy, config: RunConfig) -> str:

@@ -26,6 +26,7 @@ VIEWS: dict[str, str] = {
                OR seq = max(seq) OVER (PARTITION BY uri))""",
     "clips": f"SELECT * FROM raw_clips WHERE {_COMMITTED}",
     "embeddings": f"SELECT * FROM raw_embeddings WHERE {_COMMITTED}",
+    "captions": f"SELECT * FROM raw_captions WHERE {_COMMITTED}",
     "verdicts": """
         SELECT * FROM raw_verdicts
         WHERE attempt_id IN (SELECT attempt_id FROM raw_sources)

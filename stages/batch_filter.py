@@ -54,6 +54,13 @@ class BatchFilter(BatchStage):
                 f"stages.{self.label}: the operators {', '.join(heads)} need embeddings of frames: "
                 "give the stage a backbone (`backbone: {}` for the default one)"
             )
+        for operator in self.operators:
+            wanted = operator.needs.backbone
+            if self.backbone is not None and wanted not in (None, self.backbone.model):
+                raise ConfigError(
+                    f"stages.{self.label}: the operator {operator.name!r} was made for the backbone "
+                    f"{wanted!r}, not {self.backbone.model!r}: set backbone.model, or leave it out"
+                )
         if self.backbone is not None and not heads:
             raise ConfigError(f"stages.{self.label}: no operator uses the backbone: leave it out")
 

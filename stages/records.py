@@ -56,7 +56,7 @@ class Decision:
 class Caption:
     """What a vision-language model wrote of one window of a clip, in one length."""
 
-    window: int
+    window_number: int
     start_s: float
     """Start of the window from the clip's first frame."""
     end_s: float

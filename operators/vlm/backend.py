@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr
+from pydantic import Field, field_validator
 
 from winnow.operators.errors import WorkerError
 from winnow.operators.models import Models
@@ -62,15 +63,35 @@ class OpenAISettings(Strict):
     kind: Literal["openai"]
     base_url: str
     model: str
-    api_key: SecretStr | None = Field(None, description="default: the variable OPENAI_API_KEY")
+    api_key_env: str = Field(
+        "OPENAI_API_KEY",
+        pattern="^[A-Za-z_][A-Za-z0-9_]*$",
+        description="environment variable of the workers that holds the key; a configuration is "
+        "stored with every run and must hold none",
+    )
     concurrency: int = Field(16, ge=1, description="requests under way at once")
     timeout_s: float = Field(120.0, gt=0, description="for one try")
     tries: int = Field(5, ge=1, description="for one request, with growing pauses")
-    budget_requests: int | None = Field(None, ge=1, description="most requests of this worker")
-    budget_tokens: int | None = Field(None, ge=1, description="most tokens in and out")
+    pause_s: float = Field(0.5, gt=0, description="before the second try; doubled for each further")
+    budget_requests: int | None = Field(
+        None, ge=1, description="most requests that this worker sends, repeated tries included"
+    )
+    budget_tokens: int | None = Field(
+        None, ge=1, description="most tokens in and out of this worker, by what the server counts"
+    )
     video: Literal["images", "video"] = Field(
         "images", description="frames as timed images, or as one video of JPEG frames (vLLM)"
     )
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        address = urlsplit(value)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise ValueError("must be an address such as http://localhost:8000/v1")
+        if address.query or address.fragment:
+            raise ValueError("must end with the path, for example in /v1")
+        return value
 
     def models(self) -> tuple[str, ...]:
         return ()

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from winnow.operators.errors import WorkerError
+from winnow.operators.errors import ConfigError, WorkerError
 from winnow.pipeline.batching import BatchWorker
 from winnow.pipeline.isolation import Child, IsolatedWorkers
 from winnow.pipeline.plan import Plan, Segment
@@ -172,12 +172,27 @@ class RayEngine:
 
             ray.shutdown()
 
+    def _require_gpus(self, plan: Plan) -> None:
+        """A cluster may still grow GPUs; this machine does not. Raises ConfigError."""
+        import ray
+
+        wanted = max((segment.gpus for segment in plan.segments), default=0.0)
+        resources: Any = ray.cluster_resources  # untyped
+        if self._address is None and wanted > resources().get("GPU", 0):
+            labels = ", ".join(p.stage.label for p in plan.placements if p.gpus)
+            raise ConfigError(
+                f"the stages {labels} ask for GPUs and Ray sees none on this machine: give the "
+                "address of a cluster (--ray-address), set `gpus` of these stages to 0 to compute "
+                "on the CPU, or take a profile without models (--config cpu)"
+            )
+
     def run(
         self, plan: Plan, sources: Sequence[Source], roster: Roster | None = None
     ) -> Iterator[Source]:
         """Take sources through the plan, and give them back in order."""
         import ray
 
+        self._require_gpus(plan)
         try:
             listening: Any = None
             if any(segment.batches for segment in plan.segments):

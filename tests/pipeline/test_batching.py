@@ -96,7 +96,8 @@ def make(
     folder: Path, lengths: Sequence[int], kind: type[BatchFilter] = BatchFilter, **settings: Any
 ) -> tuple[Plan, list[Source], Glow]:
     for n, frames in enumerate(lengths):
-        write_video(folder / f"{n}.mp4", scene(n, frames, 64, 36))
+        if not (folder / f"{n}.mp4").exists():
+            write_video(folder / f"{n}.mp4", scene(n, frames, 64, 36))
     files, glow = Storage.open(str(folder)), Glow()
     isolate = settings.pop("isolate", False)
     rules = settings.pop("rules", ())

@@ -1,0 +1,1 @@
+"""Stand-in for a perceptual-quality model, as a Winnow plug-in."""
