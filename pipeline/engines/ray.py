@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from winnow.operators.errors import ConfigError, WorkerError
+from winnow.operators.errors import ConfigError, WinnowError, WorkerError
 from winnow.pipeline.batching import BatchWorker
 from winnow.pipeline.isolation import Child, IsolatedWorkers
 from winnow.pipeline.plan import Plan, Segment
@@ -89,17 +89,31 @@ class StageActor:
 
     def __init__(self, steps: Sequence[Step], roster: Any = None) -> None:
         self._steps = steps
+        self._fault: WinnowError | None = None
         beat = _beats(roster)
-        for step in steps:
-            step.start(beat)
+        try:
+            for step in steps:
+                step.start(beat)
+        except WinnowError as error:
+            self._fault = error
         workers = [step.batching for step in steps if step.batching is not None]
         if workers:
             threading.Thread(target=_keep_beating, args=(workers, beat), daemon=True).start()
 
     def __call__(self, batch: Batch) -> Batch:
+        """The batch, worked on; or what makes the run stop, handed on in its place.
+
+        Raised here, an error would reach the driver as a page of text about Ray's tasks.
+        """
         sources = unpack(batch)
-        for step in self._steps:
-            sources = step(sources)
+        fault = self._fault or next((s for s in sources if isinstance(s, WinnowError)), None)
+        if fault is not None:
+            return pack([fault])
+        try:
+            for step in self._steps:
+                sources = step(sources)
+        except WinnowError as error:
+            return pack([error])
         return pack(sources)
 
 
@@ -124,13 +138,13 @@ def _keep_beating(workers: Sequence[BatchWorker], beat: Callable[[Beat], None]) 
         time.sleep(BEAT_S)
 
 
-def pack(sources: Sequence[Source]) -> Batch:
+def pack(sources: Sequence[Source | WinnowError]) -> Batch:
     records = np.empty(len(sources), object)
     records[:] = [pickle.dumps(source, pickle.HIGHEST_PROTOCOL) for source in sources]
     return {"record": records}
 
 
-def unpack(batch: Batch) -> list[Source]:
+def unpack(batch: Batch) -> list[Any]:
     return [pickle.loads(record) for record in batch["record"]]
 
 
@@ -244,7 +258,10 @@ def _stream(plan: Plan, sources: Sequence[Source], roster: Any) -> Iterator[Sour
                 **_means(segments, steps),
             )
     for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):
-        yield from unpack(batch)
+        for source in unpack(batch):
+            if isinstance(source, WinnowError):
+                raise source  # a worker's word on a model, the index or the lake
+            yield source
 
 
 def _actors(plan: Plan) -> list[list[Segment]]:
