@@ -297,6 +297,40 @@ def _range_text(bins: Binning, number: int) -> str:
     return f"{low} to {high}"
 
 
+STEPS_WIDTH, STEPS_HEIGHT = 360.0, 40.0
+
+
+def steps(sizes: Sequence[tuple[float, int]], span: float, top: int) -> str:
+    """SVG path of a filled step chart: (moment, size from then on) in a box of STEPS_WIDTH x
+    STEPS_HEIGHT, whose width is `span` and whose height is `top`.
+
+    A pool that comes and goes faster than a pixel is drawn at its largest.
+    """
+    columns: dict[float, tuple[int, int]] = {}
+    """Largest and last size by place."""
+    last = 0
+    for at, size in sizes:
+        x = round(STEPS_WIDTH * at / span, 1) if span else 0.0
+        largest = columns[x][0] if x in columns else last
+        columns[x] = (max(largest, size), size)
+        last = size
+    path, height = [], 0
+    for x, (largest, after) in columns.items():
+        peak = largest if largest > max(height, after) else after
+        path.append(f"H{x:.1f}V{_up(peak, top):.1f}")
+        if peak != after:
+            path.append(f"H{min(x + 1, STEPS_WIDTH):.1f}V{_up(after, top):.1f}")
+        height = after
+    if not path:
+        return ""
+    return f"M0 {STEPS_HEIGHT:g}{''.join(path)}H{STEPS_WIDTH:g}V{STEPS_HEIGHT:g}z"
+
+
+def _up(size: int, top: int) -> float:
+    # One worker among hundreds must still be seen.
+    return STEPS_HEIGHT - (max((STEPS_HEIGHT - 2) * size / top, 1.5) if size else 0)
+
+
 def number_text(value: float) -> str:
     """A number as short as it can be read: 0.0125, 3.5, 1,200, 4.2 M."""
     size = abs(value)

@@ -28,6 +28,14 @@ from winnow.pipeline.report_rules import Rulebook, RuleShown
 from winnow.pipeline.report_runs import Run, runs, stages_of_sources
 from winnow.pipeline.report_scores import Score, scores
 from winnow.pipeline.report_views import Views
+from winnow.pipeline.report_votes import (
+    CaptionCount,
+    TypeCount,
+    Votes,
+    captions,
+    content_types,
+    votes,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +58,10 @@ class Facts:
     generators_left: int
     partitions: Sequence[Partition]
     partitions_left: int
+    content_types: Sequence[TypeCount]
+    content_types_left: int
+    votes: Votes | None
+    captions: Sequence[CaptionCount]
     source_errors: Sequence[ErrorGroup]
     operator_errors: Sequence[ErrorGroup]
     speed: Run | None
@@ -77,6 +89,7 @@ def gather(
         shown = galleries(lake, book, clips_per_gallery)
         by_generator, generators_left = generators(lake)
         by_partition, partitions_left = partitions(lake)
+        by_type, types_left = content_types(lake)
         return Facts(
             runs=all_runs,
             policies=policies(lake),
@@ -94,6 +107,10 @@ def gather(
             generators_left=generators_left,
             partitions=by_partition,
             partitions_left=partitions_left,
+            content_types=by_type,
+            content_types_left=types_left,
+            votes=votes(lake),
+            captions=captions(lake),
             source_errors=source_errors(lake),
             operator_errors=operator_errors(lake),
             speed=speed,

@@ -8,6 +8,7 @@ from typing import Any
 
 from winnow.pipeline.report_ledger import verdicts
 from winnow.pipeline.report_rules import Comparison, Rulebook
+from winnow.pipeline.report_said import Said, said
 from winnow.pipeline.report_values import file_name, plain, short, without_password
 from winnow.pipeline.report_views import CLIPS, Views, quoted
 
@@ -45,6 +46,8 @@ class ShownClip:
     similarity: float | None = None
     duplicate_of: str | None = None
     original: ShownClip | None = None
+    said: Said | None = None
+    """What models said of it, None where none did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,7 @@ def _cards(lake: Views, book: Rulebook, clip_ids: Sequence[str]) -> dict[str, Sh
         [list(clip_ids)],
     )
     pictures = _thumbnails(lake, clip_ids)
+    told = said(lake, clip_ids)
     cards = {}
     for row in found:
         clip_id, verdict, uri, prompt, generator, start, end, reasons, alike, first = row[:10]
@@ -143,6 +147,7 @@ def _cards(lake: Views, book: Rulebook, clip_ids: Sequence[str]) -> dict[str, Sh
             thumbnail=pictures.get(clip_id),
             similarity=alike,
             duplicate_of=first,
+            said=told.get(clip_id),
         )
     return cards
 
@@ -194,6 +199,7 @@ def details(lake: Views, book: Rulebook, galleries: Sequence[Gallery]) -> dict[s
         "columns": [
             {
                 "name": name,
+                "operator": lake.operator(name),
                 "meaning": lake.doc(name).meaning,
                 "unit": lake.doc(name).unit,
                 "limits": [

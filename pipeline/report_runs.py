@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from winnow.pipeline.report_pools import ModelUsed, Pools, models, pools
 from winnow.pipeline.report_values import from_json, share, short, without_secrets
 from winnow.pipeline.report_views import Views
 
@@ -39,6 +40,8 @@ class Run:
     config: Any = None
     versions: Sequence[tuple[str, str]] = ()
     stages: Sequence[StageSpeed] = ()
+    pools: Pools | None = None
+    models: Sequence[ModelUsed] = ()
 
 
 def runs(lake: Views) -> list[Run]:
@@ -50,7 +53,7 @@ def runs(lake: Views) -> list[Run]:
             {column("runs", "engine")}, {column("runs", "policy")},
             {column("runs", "sources_in")}, {column("runs", "wall_s")},
             {column("runs", "config")}, {column("runs", "versions")},
-            {column("runs", "stages")}
+            {column("runs", "stages")}, {column("runs", "workers")}
         FROM runs ORDER BY started_at DESC NULLS LAST LIMIT 20
         """
     )
@@ -66,6 +69,8 @@ def runs(lake: Views) -> list[Run]:
             config=without_secrets(from_json(row[7])),
             versions=_flat(from_json(row[8])),
             stages=_stage_speeds(from_json(row[9])),
+            pools=pools(from_json(row[10])),
+            models=models(from_json(row[8])),
         )
         for row in found
     ]

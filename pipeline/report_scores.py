@@ -11,12 +11,18 @@ from winnow.pipeline.report_rules import Comparison, Rulebook
 from winnow.pipeline.report_values import share, short
 from winnow.pipeline.report_views import CLIPS, ColumnDoc, Views, quoted
 
+# What is longer, or nearly always different, is no class: bars would say nothing of it.
+_LONGEST_WORD = 100
+_MOST_WORDS = 200
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
     """One column with its distribution."""
 
     column: str
+    operator: str
+    """Who wrote it, empty for what is known of every clip."""
     doc: ColumnDoc
     chart: Chart | None
     """None for a column of words."""
@@ -48,6 +54,7 @@ def scores(lake: Views, book: Rulebook) -> tuple[list[Score], list[Score], list[
             continue
         score = Score(
             column=name,
+            operator=lake.operator(name),
             doc=lake.doc(name),
             chart=_chart(lake, name, spread, marks),
             categories=(),
@@ -111,6 +118,12 @@ def _add_words(
     silent: list[tuple[str, str]],
 ) -> None:
     column = quoted(name)
+    different, longest = lake.rows(
+        f"SELECT count(DISTINCT {column}), max(length({column}::VARCHAR)) FROM {CLIPS}"
+    )[0]
+    if different > 1 and (longest > _LONGEST_WORD or different > _MOST_WORDS):
+        silent.append((name, f"is free text, {different:,} different ones"))
+        return
     found = lake.rows(
         f"SELECT {column}::VARCHAR, verdict_shown, count(*) FROM {CLIPS} "
         f"WHERE {column} IN (SELECT {column} FROM {CLIPS} WHERE {column} IS NOT NULL "
@@ -131,6 +144,7 @@ def _add_words(
     rules = [r.name for r in book.rules if name in book.columns_of(r)]
     score = Score(
         column=name,
+        operator=lake.operator(name),
         doc=lake.doc(name),
         chart=None,
         categories=[(short(w, 60), c, share(sum(c.values()), most)) for w, c in words],

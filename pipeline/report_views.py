@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,14 @@ from winnow.operators.errors import LakeError
 
 VIEWS = ("sources", "clips", "verdicts", "dataset", "clips_decided", "runs")
 
+OPTIONAL_VIEWS = ("captions",)
+"""Views that an older lake does not have."""
+
 CLIPS = "winnow_report_clips"
 """The decided clips while a report is made: without pictures, with `verdict_shown`."""
+
+ANSWERS = "vlm_filter_answers"
+"""Whole answers of a model, kilobytes a clip: read for the clips shown, never counted."""
 
 # Who, where and when of a clip; everything else that is a number is a score.
 _NOT_SCORES = {
@@ -27,6 +33,8 @@ _NOT_SCORES = {
     "row_number",
 }
 _NUMBER = re.compile(r"^(U?(TINY|SMALL|BIG|HUGE)?INT(EGER)?|UINTEGER|FLOAT|DOUBLE|DECIMAL\(.*\))$")
+
+_LONG = re.compile(r"^(BLOB|MAP|STRUCT|JSON)|\]$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,11 @@ class Views:
     def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
         self._connection = connection
         self.columns = {view: self._describe(view) for view in VIEWS}
-        """Types by name, for each view."""
+        """Types by name, for each view; none for an optional view that is not there."""
+        for view in OPTIONAL_VIEWS:
+            with suppress(LakeError):
+                self.columns[view] = self._describe(view)
+            self.columns.setdefault(view, {})
         self.operators = sorted(
             (c.removesuffix("_error") for c in self.columns["clips"] if c.endswith("_error")),
             key=len,
@@ -104,6 +116,7 @@ class Views:
             name
             for name, kind in self.columns["clips_decided"].items()
             if kind == "VARCHAR"
+            and name != ANSWERS
             and name in self.columns["clips"]
             and self.operator(name)
             and not name.endswith(("_error", "_version"))
@@ -111,14 +124,14 @@ class Views:
 
     @contextmanager
     def clips_at_hand(self) -> Iterator[None]:
-        """Have the clips, without their pictures and vectors, in the table CLIPS.
+        """Have the clips in the table CLIPS, without what is long: pictures, lists, maps, answers.
 
         They are copied because every column of them is read by a query of its own.
         """
         taken = [
             quoted(name)
             for name, kind in self.columns["clips_decided"].items()
-            if kind != "BLOB" and (name == "reasons" or not kind.endswith("]"))
+            if name == "reasons" or (name != ANSWERS and not _LONG.search(kind))
         ]
         self._connection.execute(
             f"CREATE OR REPLACE TEMP TABLE {CLIPS} AS "

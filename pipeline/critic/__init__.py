@@ -1,0 +1,1 @@
+"""The critic on files and data sets: evaluated, compared, probed."""
