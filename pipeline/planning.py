@@ -132,16 +132,12 @@ def _filter(config: FilterConfig, files: Storage, models: Models, label: str) ->
     operators = build_operators(config)
     batched = tuple(o for o in operators if isinstance(o, BatchOperator))
     if not batched:
-        unused = {
-            "backbone",
-            "batch_clips",
-            "batch_pixels",
-            "decoders",
-            "gpus",
-        } & config.model_fields_set
+        for_models = ("backbone", "batch_clips", "batch_pixels", "decoders", "gpus")
+        fields = FilterConfig.model_fields
+        unused = [name for name in for_models if getattr(config, name) != fields[name].default]
         if unused:
             raise ConfigError(
-                f"stages.{label}: {', '.join(sorted(unused))} is for operators with models, and "
+                f"stages.{label}: {', '.join(unused)} is for operators with models, and "
                 "there is none in this stage: remove it"
             )
         return Filter(files, operators, config.threads, label)

@@ -84,8 +84,11 @@ def run(
     if config.engine == "ray":
         from winnow.pipeline.engines.ray import RayEngine
 
-        check_config(config)  # before Ray's seconds, not after
+        checked = check_config(config)  # before Ray's seconds, not after
+        if ray_address is None:
+            check_present(Models.read(config.models), checked.needed_models)
         with RayEngine(ray_address, len(config.stages)) as engine:
+            engine.require_gpus(checked)
             return _run(config, input_uri, lake, engine.run, limit=limit, retry_failed=retry_failed,
                         progress=progress or Progress(), options=options)  # fmt: skip
     return _run(config, input_uri, lake, run_inline, limit=limit, retry_failed=retry_failed,

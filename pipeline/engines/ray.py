@@ -186,7 +186,7 @@ class RayEngine:
 
             ray.shutdown()
 
-    def _require_gpus(self, plan: Plan) -> None:
+    def require_gpus(self, plan: Plan) -> None:
         """A cluster may still grow GPUs; this machine does not. Raises ConfigError."""
         import ray
 
@@ -206,7 +206,6 @@ class RayEngine:
         """Take sources through the plan, and give them back in order."""
         import ray
 
-        self._require_gpus(plan)
         try:
             listening: Any = None
             if any(segment.batches for segment in plan.segments):

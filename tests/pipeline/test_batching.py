@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,3 +203,25 @@ def test_the_roster_tells_pool_sizes_over_time():
         "the idle end of a worker that waits for others is no idleness"
     )
     assert (pool["clips"], pool["nodes"]) == (8, 2)
+
+
+@dataclass
+class Slow(BatchFilter):
+    """Decoding and the model each take their time, without work for a core."""
+
+    def collect(self, source: Source) -> Any:
+        time.sleep(0.25)
+        return super().collect(source)
+
+    def measure(self, batch: Sequence[Any]) -> None:
+        time.sleep(0.25 * len(batch))
+        super().measure(batch)
+
+
+def test_children_decode_while_the_model_works(tmp_path):
+    plan, sources, _ = make(tmp_path, [8] * 16, kind=Slow, isolate=True, batch_clips=2)
+    roster = Roster()
+    assert len(list(run_inline(plan, sources, roster))) == 16
+    (pool,) = roster.rows()
+    # One after the other the model would rest for half of the time; two children keep it fed.
+    assert pool["busy_share"] > 0.6

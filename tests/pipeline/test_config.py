@@ -74,3 +74,11 @@ def test_an_override_that_reaches_nothing_is_an_error(assignment):
 def test_a_server_token_is_not_shown():
     config = load_config("cpu", ["stages.dedup.index={uri: 'http://h:1', token: secret-word}"])
     assert "secret-word" not in config.model_dump_json()
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu", "paper"])
+def test_a_shown_configuration_is_one_to_run(name, tmp_path):
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(yaml.safe_dump(load_config(name).model_dump(mode="json")))
+    assert load_config(str(shown)) == load_config(name)
+    check_config(load_config(str(shown)))

@@ -2,12 +2,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tests.pipeline.lakes import rows
+from tests.pipeline.lakes import config, rows
 from winnow.operators.errors import ConfigError
 from winnow.operators.operator import Column
 from winnow.operators.settings import validate
+from winnow.pipeline.lake import Lake
 from winnow.pipeline.policy import Evaluator, Policy, Rule, load_policy
 from winnow.pipeline.refilter import refilter
+from winnow.pipeline.run import run
 
 COLUMNS = (
     Column("q_overall", pa.float32(), "score"),
@@ -214,3 +216,17 @@ def test_a_dry_run_shows_the_limits_and_writes_nothing(own_lake):
     before = rows(own_lake, "SELECT count(*) FROM raw_verdicts")
     assert refilter(own_lake, lowest("motion_mean", 40), dry_run=True).limits[0].applied
     assert rows(own_lake, "SELECT count(*) FROM raw_verdicts") == before
+
+
+def test_a_run_ends_with_its_percentiles_and_refilter_agrees(videos, tmp_path):
+    path = tmp_path / "ranked.yaml"
+    path.write_text(
+        "name: ranked\nextends: generated\nrules:\n"
+        "  - {name: slow, percentile: {column: motion_mean, below: 40, least: 3}}\n"
+    )
+    own = Lake(str(tmp_path / "lake"))
+    result = run(config(f"policy={path}"), str(videos), own)
+    assert result.ledger.balanced
+    found = rows(own, "SELECT count(*) FROM clips_decided WHERE list_contains(reasons, 'slow')")
+    assert found[0][0] >= 2
+    assert refilter(own, load_policy(str(path)), dry_run=True).changed == 0
