@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-BENCHMARKS = ("operators", "whole_run", "memory", "shots", "fingerprint")
+BENCHMARKS = ("operators", "whole_run", "memory", "shots", "fingerprint", "models")
 OUT = Path(__file__).parent / "out"
 
 
@@ -23,7 +23,7 @@ def main() -> None:
         started = time.perf_counter()
         print(f"== {name}", flush=True)
         done = subprocess.run(
-            [sys.executable, Path(__file__).parent / f"{name}.py", "--json"],
+            [sys.executable, "-m", f"bench.{name}", "--json"],
             stdout=subprocess.PIPE, text=True, check=False, cwd=Path(__file__).parents[1],
         )  # fmt: skip
         print(done.stdout, f"({time.perf_counter() - started:.0f} s)", flush=True)

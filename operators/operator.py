@@ -312,6 +312,10 @@ class BatchOperator(Operator, ABC):
         """Names in configs/models.yaml of the models that `load` will need."""
         return ()
 
+    def made_by(self, models: Models) -> dict[str, str]:
+        """What makes the columns beside this code, for the `runs` table: models and prompts."""
+        return {f"model {name}": models.get(name).identity for name in self.models()}
+
     @abstractmethod
     def load(self, models: Models) -> BatchMeasure:
         """Load the model. Called once per worker process. Raises ModelUnavailable."""

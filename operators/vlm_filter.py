@@ -158,6 +158,12 @@ class VlmFilter(BatchOperator):
     def models(self) -> tuple[str, ...]:
         return self.vlm.models()
 
+    def made_by(self, models: Models) -> dict[str, str]:
+        return {
+            "vlm_filter model": self.vlm.identity(models),
+            "vlm_filter prompt": self.questions.identity,
+        }
+
     def load(self, models: Models) -> VlmFilterMeasure:
         return VlmFilterMeasure(self, self.vlm.load(models))
 

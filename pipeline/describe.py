@@ -7,7 +7,8 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
+from pydantic_core import to_jsonable_python
 
 from winnow.operators.errors import ConfigError
 from winnow.operators.operator import Operator
@@ -28,9 +29,9 @@ def _describe(operator: type[Operator]) -> dict[str, Any]:
         "version": operator.version,
         "summary": summary,
         "settings": {
-            field.name: field.default
+            field.name: _readable(_default(field))
             for field in dataclasses.fields(operator)
-            if field.init and field.default is not dataclasses.MISSING
+            if field.init and _has_default(field)
         },
         "columns": [
             {
@@ -46,6 +47,28 @@ def _describe(operator: type[Operator]) -> dict[str, Any]:
         ],
         "embeddings": list(operator.embeddings),
     }
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return (
+        field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+    )
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _readable(value: Any) -> Any:
+    """A default as a configuration would say it: what was read from a file by its name, a model by
+    what chooses it."""
+    if not isinstance(value, BaseModel):
+        return to_jsonable_python(value, fallback=str)
+    if "kind" in type(value).model_fields:
+        return value.model_dump(mode="json", include={"kind", "model"})
+    return getattr(value, "name", None) or value.model_dump(mode="json")
 
 
 def configuration_schema() -> dict[str, Any]:

@@ -306,21 +306,15 @@ def steps(sizes: Sequence[tuple[float, int]], span: float, top: int) -> str:
 
     A pool that comes and goes faster than a pixel is drawn at its largest.
     """
-    columns: dict[float, tuple[int, int]] = {}
-    """Largest and last size by place."""
-    last = 0
+    places: dict[float, tuple[int, int]] = {}
     for at, size in sizes:
         x = round(STEPS_WIDTH * at / span, 1) if span else 0.0
-        largest = columns[x][0] if x in columns else last
-        columns[x] = (max(largest, size), size)
-        last = size
-    path, height = [], 0
-    for x, (largest, after) in columns.items():
-        peak = largest if largest > max(height, after) else after
-        path.append(f"H{x:.1f}V{_up(peak, top):.1f}")
-        if peak != after:
-            path.append(f"H{min(x + 1, STEPS_WIDTH):.1f}V{_up(after, top):.1f}")
-        height = after
+        places[x] = (max(size, places.get(x, (0, 0))[0]), size)
+    path = []
+    for x, (largest, last) in places.items():
+        path.append(f"H{x:.1f}V{_up(largest, top):.1f}")
+        if largest != last:
+            path.append(f"H{min(x + 1.5, STEPS_WIDTH):.1f}V{_up(last, top):.1f}")
     if not path:
         return ""
     return f"M0 {STEPS_HEIGHT:g}{''.join(path)}H{STEPS_WIDTH:g}V{STEPS_HEIGHT:g}z"

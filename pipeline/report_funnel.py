@@ -50,7 +50,7 @@ def funnel(lake: Views, book: Rulebook) -> list[Step]:
         f"sum({length}) FILTER (status = 'done') FROM sources"
     )[0]
     others = lake.rows(
-        "SELECT status, count(*) FROM sources WHERE status <> 'done' GROUP BY 1 ORDER BY 2 DESC"
+        "SELECT status, count(*) FROM sources WHERE status <> 'done' GROUP BY 1 ORDER BY 2 DESC, 1"
     )
     steps.append(Step("sources", "file", sources, source_seconds, 1.0, 1.0))
     steps.append(

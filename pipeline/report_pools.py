@@ -96,14 +96,14 @@ def _used(name: str, identity: str) -> ModelUsed:
 
 
 def _changes(told: Any) -> list[tuple[float, int]]:
-    """(seconds, workers from then on), in order of time; a moment's last size counts."""
-    sizes: dict[float, int] = {}
+    """(seconds, workers from then on), in order of time."""
+    sizes = []
     for change in told[:_MOST_CHANGES] if isinstance(told, list) else ():
         if isinstance(change, list) and len(change) == 2:
             at, size = _finite(change[0]), _finite(change[1])
             if at is not None and size is not None and at >= 0:
-                sizes[at] = max(int(size), 0)
-    return sorted(sizes.items())
+                sizes.append((at, max(int(size), 0)))
+    return sorted(sizes, key=lambda change: change[0])
 
 
 def _finite(value: Any) -> float | None:

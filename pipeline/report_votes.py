@@ -13,6 +13,7 @@ from winnow.pipeline.report_views import CLIPS, Views
 
 MOST_GENERATORS = 6
 """That have a column of their own."""
+_NOT_TOLD = "not told"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ def votes(lake: Views, limit: int = 60) -> Votes | None:
         f"""
         SELECT generator, vote.key, count(*), count(*) FILTER (vote.value > {MAJORITY})
         FROM (
-            SELECT coalesce({generator}, 'not told') AS generator,
+            SELECT coalesce({generator}, '{_NOT_TOLD}') AS generator,
                 unnest(map_entries(vlm_filter_votes)) AS vote
             FROM clips_decided WHERE vlm_filter_votes IS NOT NULL
         ) GROUP BY ALL
@@ -124,8 +125,8 @@ def votes(lake: Views, limit: int = 60) -> Votes | None:
     for name, question, clips, flagged in found:
         decided[name] += clips
         told[question][name] = Flagged(flagged, clips)
-    generators = [name for name, _ in decided.most_common(MOST_GENERATORS)]
-    shown = generators if len(decided) > 1 else []
+    order = sorted(decided, key=lambda name: (name == _NOT_TOLD, -decided[name], name))
+    shown = order[:MOST_GENERATORS] if len(order) > 1 else []
     questions = [
         Question(
             short(name, 60),

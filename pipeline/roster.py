@@ -65,9 +65,12 @@ class Roster:
         for label in dict.fromkeys(label for label, _ in self._members):
             members = {w: m for (stage, w), m in self._members.items() if stage == label}
             events = sorted(
-                event
-                for m in members.values()
-                for event in ((m.since - start, 1), (m.last - start, -1))
+                (
+                    event
+                    for m in members.values()
+                    for event in ((m.since - start, 1), (m.last - start, -1))
+                ),
+                key=lambda event: (event[0], -event[1]),  # one that was heard once was there once
             )
             size, sizes = 0, []
             for at, change in events:

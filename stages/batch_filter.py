@@ -82,8 +82,11 @@ class BatchFilter(BatchStage):
 
     def versions(self) -> dict[str, str]:
         operators = {operator.name: str(operator.version) for operator in self.operators}
-        models = {f"model {n}": self.models.get(n).identity for n in self.needed_models()}
-        return operators | models
+        made_by = {k: v for o in self.operators for k, v in o.made_by(self.models).items()}
+        if self.backbone is not None:
+            name = self.backbone.model
+            made_by[f"model {name}"] = self.models.get(name).identity
+        return operators | made_by
 
     def setup(self) -> None:
         if self.backbone is not None:

@@ -135,8 +135,7 @@ class Caption(BatchStage):
     @property
     def _model(self) -> str:
         """Repository and revision, or the server's model name."""
-        names = self.vlm.models()
-        return self.models.get(names[0]).identity if names else self.vlm.model
+        return self.vlm.identity(self.models)
 
     def needed_models(self) -> tuple[str, ...]:
         return self.vlm.models()
@@ -315,7 +314,7 @@ def _read(answer: Answer, lengths: Sequence[Length]) -> Captions:
         case "truncated":
             captions = read_truncated(answer.text, lengths)
         case _:
-            captions = Captions({}, answer.error)
+            captions = Captions({}, answer.error or answer.status)
     parts = [captions.problem or answer.error, answer.text if captions.problem else ""]
     problem = clean(": ".join(part for part in parts if part), MOST_ERROR)
     return replace(captions, problem=problem or None)

@@ -51,9 +51,10 @@ class Judgement:
     @property
     def argmax(self) -> int | None:
         """The likeliest score; of equally likely ones the lowest."""
-        if self.probabilities is None:
+        found = self.probabilities
+        if found is None:
             return None
-        return SCORES[max(range(len(SCORES)), key=lambda k: (self.probabilities[k], -k))]
+        return SCORES[max(range(len(SCORES)), key=lambda k: (found[k], -k))]
 
     @property
     def entropy(self) -> float | None:

@@ -51,6 +51,10 @@ class TransformersSettings(Strict):
     def models(self) -> tuple[str, ...]:
         return (self.model,)
 
+    def identity(self, models: Models) -> str:
+        """Repository and revision."""
+        return models.get(self.model).identity
+
     def load(self, models: Models) -> Backend:
         from winnow.operators.vlm.transformers_backend import load
 
@@ -96,6 +100,10 @@ class OpenAISettings(Strict):
     def models(self) -> tuple[str, ...]:
         return ()
 
+    def identity(self, models: Models) -> str:
+        """The server's name of the model: it tells no revision."""
+        return self.model
+
     def load(self, models: Models) -> Backend:
         from winnow.operators.vlm.openai_backend import load
 
@@ -113,6 +121,10 @@ class VllmSettings(Strict):
 
     def models(self) -> tuple[str, ...]:
         return (self.model,)
+
+    def identity(self, models: Models) -> str:
+        """Repository and revision."""
+        return models.get(self.model).identity
 
     def load(self, models: Models) -> Backend:
         from winnow.operators.vlm.vllm_backend import load

@@ -42,11 +42,12 @@
   document.addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
 
   // Filter of the galleries ----------------------------------------------------------------------
+  const captions = (card) => find("template", card)?.content.querySelector(".captions")?.textContent ?? "";
   const cards = all("article.clip").map((element) => ({
     element,
     verdict: element.dataset.verdict,
     reasons: JSON.parse(element.dataset.reasons),
-    text: `${element.textContent} ${element.dataset.clip} ${find(".file", element)?.title ?? ""}`.toLowerCase(),
+    text: [element.textContent, element.dataset.clip, find(".file", element)?.title ?? "", captions(element)].join(" ").toLowerCase(),
   }));
   const tools = find(".tools");
   const select = find("select", tools);
@@ -125,10 +126,22 @@
     const id = make("p", "clip ", "id");
     id.append(make("code", card.dataset.clip));
     inner.append(id);
+    copied(".said");
+    const said = find("template", card);
+    if (said) inner.append(said.content.cloneNode(true));
     const values = details.clips[card.dataset.clip] ?? [];
     const table = make("table");
     const body = make("tbody");
+    let operator = "";
     details.columns.forEach((column, index) => {
+      if (column.operator !== operator) {
+        operator = column.operator;
+        const heading = make("th", operator || "clip");
+        heading.colSpan = 3;
+        const row = make("tr", "", "operator");
+        row.append(heading);
+        body.append(row);
+      }
       const row = make("tr");
       const name = make("td");
       name.append(make("code", column.name));

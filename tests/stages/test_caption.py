@@ -69,6 +69,9 @@ class Settings:
     def models(self):
         return ()
 
+    def identity(self, models):
+        return self.model
+
     def load(self, models):
         return self.backend
 
