@@ -147,8 +147,8 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def take_videos(bench: Bench, folder: Path, copies: int) -> int:
-    """Copies of every video, each with its own `free` box at the end; returns how many.
+def take_videos(bench: Bench, folder: Path, copies: int) -> None:
+    """Copies of every video, each with its own `free` box at the end: no two files are the same.
 
     Beside each stands a prompt, as the heads on prompts want one.
     """
@@ -163,7 +163,6 @@ def take_videos(bench: Bench, folder: Path, copies: int) -> int:
             box = (9).to_bytes(4, "big") + b"free" + bytes([copy])
             (folder / f"{copy:03}-{number:03}.mp4").write_bytes(content + box)
             (folder / f"{copy:03}-{number:03}.txt").write_text(prompt, "utf-8")
-    return len(paths) * copies
 
 
 def draw(folder: Path, clips: int = 12) -> list[Path]:
@@ -246,6 +245,7 @@ def measure_run(
     return {
         "decoders": decoders,
         "clips": clips,
+        "failed_sources": sum(result.ledger.failures.values()),
         **facts,
         "wall_s": round(result.wall_s, 2),
         "clips_per_s": round(clips / result.wall_s, 2),
@@ -459,7 +459,8 @@ def table(result: dict[str, Any]) -> list[str]:
                 "decoding" if run["decode_clips_per_s"] < run["model_clips_per_s"] else "the model"
             )
             note = f"{what} with {run['decoders']} decoders: {slower} is the limit"
-            failed = f"{run['failed_clips']} CLIPS FAILED" if run["failed_clips"] else ""
+            lost = run["failed_clips"] + run["failed_sources"]
+            failed = f"{lost} CLIPS FAILED" if lost else ""
             notes.append("; ".join(filter(None, (note, run["gpu_note"], failed))))
         if alone := stage.get("alone"):
             notes.append(f"{what}: the model alone, on frames at hand: {alone['frames_per_s']} frames/s, "
@@ -473,9 +474,10 @@ def table(result: dict[str, Any]) -> list[str]:
 
 
 def failures(result: dict[str, Any]) -> int:
-    """Clips that came to nothing: a figure with some of them is none."""
+    """What came to nothing, of sources, clips and windows: figures with some of it are none."""
     parts = [part for s in result["stages"] for part in (*s["runs"], s.get("choices", {}))]
-    return sum(part.get("failed_clips", 0) + part.get("failed_windows", 0) for part in parts)
+    kinds = ("failed_sources", "failed_clips", "failed_windows")
+    return sum(part.get(kind, 0) for part in parts for kind in kinds)
 
 
 def parse() -> argparse.Namespace:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from winnow.pipeline.critic.commands import critic_app
+
 if TYPE_CHECKING:
     from winnow.pipeline.config import RunConfig
     from winnow.pipeline.run import RunResult
@@ -23,6 +25,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at and check configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(critic_app, name="critic")
 models_app = typer.Typer(help="Look at and fetch the models.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 
@@ -176,14 +179,15 @@ def refilter(
                 "changed": result.changed,
                 "kept_without_media": result.kept_without_media,
                 "limits": [asdict(limit) for limit in result.limits],
+                "not_calibrated": result.not_calibrated,
                 "written": not dry_run,
             }
         )
         return
     counts = " + ".join(f"{n} {name}" for name, n in sorted(result.counts.items())) or "0"
     say(f"policy {result.policy}: clips {result.clips} = {counts}; {result.changed} changed")
-    for limit in result.limits:
-        say(str(limit))
+    for line in (*map(str, result.limits), *result.not_calibrated):
+        say(line)
     if result.kept_without_media:
         say(
             f"{result.kept_without_media} of the kept clips have no media yet, so they are not in "

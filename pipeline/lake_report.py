@@ -19,7 +19,13 @@ def write_lake_report(lake: Lake, out: Path) -> Path:
         text = row[0] if row else None
         policy = Policy.model_validate(json.loads(text)) if text else None
         rules = [
-            RuleShown(rule.name, rule.reason, rule.predicate)
+            RuleShown(
+                rule.name,
+                rule.reason,
+                rule.predicate,
+                # Calibrated columns are computed when deciding; what they stand on is the critic's.
+                stage="physics" if "physics_calibrated" in rule.predicate else None,
+            )
             for rule in (policy.rules if policy else ())
         ]
         write_report(connection, rules, out, title=lake.uri)

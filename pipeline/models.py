@@ -112,7 +112,7 @@ def _unreachable(model: Model, reason: str) -> ModelUnavailable:
     )  # fmt: skip
 
 
-def _retrying(is_passing: Callable[[BaseException], bool], pause_s: float) -> Any:
+def retrying(is_passing: Callable[[BaseException], bool], pause_s: float) -> Any:
     import tenacity
 
     return tenacity.Retrying(
@@ -133,7 +133,7 @@ def _pull_snapshot(model: Model, report: Callable[[str], None], pause_s: float) 
     assert model.hub is not None
     revision = model.revision or "main"
     options: dict[str, Any] = {} if sys.stderr.isatty() else {"tqdm_class": _lines(report)}
-    again = _retrying(_is_passing_at_hub, pause_s)
+    again = retrying(is_passing_at_hub, pause_s)
     try:
         # Asked first because it fails at once: without a network snapshot_download tries for long.
         again(HfApi().model_info, model.hub, revision=revision, timeout=30.0)
@@ -172,7 +172,7 @@ def _remove_wrong_files(model: Model) -> list[str]:
     return wrong
 
 
-def _is_passing_at_hub(error: BaseException) -> bool:
+def is_passing_at_hub(error: BaseException) -> bool:
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -262,7 +262,7 @@ def _pull_files(model: Model, pause_s: float) -> None:
         with WeakFileLock(folder / ".lock"), _client() as client:
             for name, digest in model.files.items():
                 url = model.url + quote(name) if model.url.endswith("/") else model.url
-                _retrying(_is_passing_at_url, pause_s)(
+                retrying(_is_passing_at_url, pause_s)(
                     _download, client, url, folder / name, str(digest)
                 )
     except _WrongChecksum as error:

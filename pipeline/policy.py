@@ -5,6 +5,9 @@ rejects where its predicate is true. Where it is NULL the clip's verdict is `err
 measure that failed is no low score. A rejected clip lists every rule that rejects it; a clip that no
 rule rejects but some rule cannot judge is an error and lists those. A percentile rule rejects by the
 clip's place among all clips of the lake: only refilter knows it, so a run leaves such a rule open.
+
+A policy may name a calibration of the critic; its rules may then use the columns of
+pipeline/calibrated.py, which are computed while they decide.
 """
 
 from __future__ import annotations
@@ -12,15 +15,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import duckdb
 import pyarrow as pa
 from pydantic import Field, model_validator
 
+from winnow.operators.critic.calibration import Calibration, load_calibration
 from winnow.operators.errors import ConfigError
 from winnow.operators.operator import Column
 from winnow.operators.settings import Strict, find_config, parse_yaml, validate
+from winnow.pipeline.calibrated import (
+    PREFIX,
+    calibrated_columns,
+    check_calibrated,
+    is_calibrated,
+    needed_columns,
+    with_calibrated,
+)
 from winnow.pipeline.percentiles import (
     Limit,
     Percentile,
@@ -61,12 +74,17 @@ class Rule(Strict):
         return f"({self.when}) AND ({rejects})" if self.when else rejects
 
 
-class Policy(Strict):
+class _Rules(Strict):
     """A named list of rules."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     description: str = ""
     rules: tuple[Rule, ...]
+    calibration_any_model: bool = Field(
+        False,
+        description="apply the calibration to the probabilities of any model, prompt and mode, not "
+        "only of those that it was fitted to",
+    )
 
     def model_post_init(self, _: Any) -> None:
         names = [rule.name for rule in self.rules]
@@ -74,28 +92,74 @@ class Policy(Strict):
             if names.count(name) > 1:
                 raise ValueError(f"two rules are called {name!r}")
 
+
+class Policy(_Rules):
+    """A named list of rules, with the calibrations of the critic that they use."""
+
+    calibration: tuple[Calibration, ...] = ()
+    """Whole, not by name: the policy as it was is kept with the run."""
+
+    @model_validator(mode="after")
+    def _one_calibration_each(self) -> Policy:
+        of = [(c.critic.model, c.critic.prompt, c.critic.mode) for c in self.calibration]
+        if len(set(of)) < len(of):
+            raise ValueError("two calibrations are for the same model, prompt and mode")
+        if self.calibration_any_model and len(of) != 1:
+            raise ValueError("`calibration_any_model` needs exactly one `calibration`")
+        return self
+
     @property
     def needs_population(self) -> bool:
         """Some rule is decided over the whole lake, after the run: see pipeline/percentiles.py."""
         return any(rule.percentile is not None for rule in self.rules)
 
 
-class PolicyFile(Policy):
+class PolicyFile(_Rules):
     """A policy as it is written: it may stand on another one."""
 
     extends: str | None = Field(None, description="path or name of the policy that this adds to")
     without: tuple[str, ...] = Field((), description="rules of that policy to leave out")
     rules: tuple[Rule, ...] = ()
+    calibration: str | tuple[str, ...] | None = Field(
+        None,
+        description="file that `winnow critic calibrate` wrote, or several for several models, "
+        "prompts or modes; relative to this policy's folder, else to the working directory",
+    )
 
-    def over(self, base: Policy, origin: str) -> Policy:
-        """This policy's rules over those of its base: a rule of the same name takes its place."""
-        rules = {rule.name: rule for rule in base.rules}
+    def over(self, base: Policy | None, origin: str) -> Policy:
+        """This policy's rules over those of its base: a rule of the same name takes its place.
+
+        A calibration takes the place of the base's.
+        """
+        rules = {rule.name: rule for rule in base.rules} if base is not None else {}
         for name in self.without:
             if name not in rules:
-                raise ConfigError(f"{origin}: without: {base.name} has no rule {name!r}")
+                raise ConfigError(
+                    f"{origin}: without: {base.name if base else self.name} has no rule {name!r}"
+                )
             del rules[name]
         rules |= {rule.name: rule for rule in self.rules}
-        return Policy(name=self.name, description=self.description, rules=tuple(rules.values()))
+        calibration, any_model = self._calibrations(origin), self.calibration_any_model
+        if base is not None and "calibration" not in self.model_fields_set:
+            calibration = base.calibration
+            if "calibration_any_model" not in self.model_fields_set:
+                any_model = base.calibration_any_model
+        content = {
+            "name": self.name,
+            "description": self.description,
+            "rules": tuple(rules.values()),
+            "calibration": calibration,
+            "calibration_any_model": any_model,
+        }
+        return validate(Policy, content, origin)
+
+    def _calibrations(self, origin: str) -> tuple[Calibration, ...]:
+        written = self.calibration or ()
+        files = (written,) if isinstance(written, str) else written
+        folder = Path(origin).parent
+        # An absolute path stays what it is.
+        found = [folder / name if (folder / name).is_file() else Path(name) for name in files]
+        return tuple(load_calibration(path) for path in found)
 
 
 def load_policy(name: str) -> Policy:
@@ -111,7 +175,7 @@ def _load_policy(name: str, above: tuple[str, ...]) -> Policy:
     if written.extends is None:
         if written.without or "rules" not in written.model_fields_set:
             raise ConfigError(f"{origin}: give `rules`, or name a policy that this one `extends`")
-        return Policy(name=written.name, description=written.description, rules=written.rules)
+        return written.over(None, origin)
     return written.over(_load_policy(written.extends, (*above, name)), origin)
 
 
@@ -195,8 +259,16 @@ class Evaluator:
         self._schema = pa.schema([(c.name, c.type) for c in (*SOURCE_COLUMNS, *columns)
                                   if not pa.types.is_binary(c.type)])  # fmt: skip
         self._names = {name.lower(): name for name in self._schema.names}
+        taken = sorted(name for name in self._names if is_calibrated(name))
+        if taken and policy.calibration:
+            raise ConfigError(
+                f"policy {policy.name}: the column {taken[0]!r} is written by a stage: rename it, for "
+                f"{PREFIX}* are the columns of a calibration"
+            )
         self._connection = sandboxed()
+        self._calibrated: dict[str, set[str]] = {}
         self.reads = {rule.name: self._check(rule) for rule in policy.rules}
+        """By rule the measured columns that it reads, in lower case."""
 
     def _check(self, rule: Rule) -> set[str]:
         where = f"policy {self.policy.name}, rule {rule.name}"
@@ -204,6 +276,14 @@ class Evaluator:
         reads = rejecting_columns(rule, where)
         if rule.when is not None:
             reads |= predicate_columns(rule.when, where)
+        policy = self.policy
+        self._calibrated[rule.name] = used = {c for c in reads - known if is_calibrated(c)}
+        for column in sorted(used):
+            check_calibrated(column, policy.calibration, where)
+        if used:
+            reads = (reads - used) | needed_columns(
+                policy.calibration, policy.calibration_any_model
+            )
         for column in sorted(reads - known):
             near = get_close_matches(column, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
@@ -212,11 +292,10 @@ class Evaluator:
                 "Add the operator to a filter stage or drop the rule"
             )
         if rule.percentile is not None:
-            rule.percentile.check(self._schema, where)
+            rule.percentile.check(self._all_columns(), where)
         predicates = (None if rule.percentile else rule.reject, rule.when)
-        empty = self._schema.empty_table()
-        self._connection.register("clips", empty)
         try:
+            self._show(self._schema.empty_table(), [rule])
             for predicate in (p for p in predicates if p is not None):
                 described = f"DESCRIBE SELECT ({predicate}\n) FROM clips"
                 kind = self._connection.execute(described).fetchall()[0][1]
@@ -226,8 +305,30 @@ class Evaluator:
         except duckdb.Error as error:
             raise ConfigError(f"{where}: {error}") from error
         finally:
-            self._connection.unregister("clips")
+            self._hide()
         return reads
+
+    def _all_columns(self) -> pa.Schema:
+        calibrated = calibrated_columns(self.policy.calibration)
+        return pa.schema([*self._schema, *((c.name, c.type) for c in calibrated)])
+
+    def _with_calibrated(self, measured: str, rules: Sequence[Rule]) -> str:
+        """SQL: the relation with what a calibration adds, where one of the rules reads it."""
+        wanted = set[str]().union(*(self._calibrated[rule.name] for rule in rules))
+        policy = self.policy
+        return with_calibrated(
+            measured, sorted(wanted), policy.calibration, policy.calibration_any_model
+        )
+
+    def _show(self, table: pa.Table, rules: Sequence[Rule]) -> None:
+        """Make `clips` of a table, as the rules are to see it."""
+        self._connection.register("measured", table)
+        seen = self._with_calibrated("measured", rules)
+        self._connection.execute(f"CREATE OR REPLACE TEMP VIEW clips AS FROM {seen}")
+
+    def _hide(self) -> None:
+        self._connection.execute("DROP VIEW IF EXISTS clips")
+        self._connection.unregister("measured")
 
     def rejects(
         self, rows: Sequence[Mapping[str, Any]], written: set[str] | None = None
@@ -250,12 +351,13 @@ class Evaluator:
         reads = sorted(set().union(*(self.reads[rule.name] for rule in rules)))
         fields = [self._schema.field(self._names[name]) for name in reads]
         cells = ", ".join(f'CAST(? AS {_sql_type(f.type)}) AS "{f.name}"' for f in fields)
-        query = f"SELECT {{}} FROM (SELECT {cells or '1'}) AS clips"
+        clips = self._with_calibrated(f"(SELECT {cells or '1'})", rules)
         selected = ", ".join(_judgement(rule) for rule in rules)
+        query = f"SELECT {selected} FROM {clips} AS clips"
         answers = []
         for row in rows:
             parameters = [_parameter(row.get(f.name), f.type) for f in fields]
-            answers += self._connection.execute(query.format(selected), parameters).fetchall()
+            answers += self._connection.execute(query, parameters).fetchall()
         return _sort(rules, answers)
 
     def judge(
@@ -268,12 +370,12 @@ class Evaluator:
         if not rules:
             return [([], []) for _ in range(table.num_rows)], []
         rows = pa.array(range(table.num_rows), pa.int64())
-        self._connection.register("clips", table.append_column("_row", rows))
         limits: list[Limit] = []
         try:
+            self._show(table.append_column("_row", rows), rules)
             answers = self._judge(rules, limits, " ORDER BY clips._row")
         finally:
-            self._connection.unregister("clips")
+            self._hide()
         return _sort(rules, answers), limits
 
     def _judge(

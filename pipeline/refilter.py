@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from winnow.operators.errors import ConfigError
 from winnow.operators.operator import Column
+from winnow.pipeline.calibrated import not_calibrated
 from winnow.pipeline.config import DedupConfig, RunConfig
 from winnow.pipeline.lake import Lake, sequence_number
 from winnow.pipeline.percentiles import Limit
@@ -43,6 +44,8 @@ class RefilterResult:
     now may become the one to keep, and was never encoded."""
     limits: list[Limit] = field(default_factory=list)
     """Where the percentiles of the policy's rules lie, by rule and group."""
+    not_calibrated: list[str] = field(default_factory=list)
+    """For people: clips with a critic's judgement that no calibration of the policy is for."""
 
 
 def refilter(
@@ -68,7 +71,14 @@ def refilter(
         }
     decisions, limits = _decide(table, policy, dedup, vectors)
     clip_ids = table["clip_id"].to_pylist()
-    result = RefilterResult(policy.name, table.num_rows, limits=limits)
+    result = RefilterResult(
+        policy.name,
+        table.num_rows,
+        limits=limits,
+        not_calibrated=not_calibrated(table, policy.calibration)
+        if not policy.calibration_any_model
+        else [],
+    )
     rows = []
     for clip_id, attempt, decision, old in zip(
         clip_ids,

@@ -33,6 +33,9 @@ ON_CPU = [
     "stages.semantic.decoders=1",
     "stages.semantic.operators.vlm_filter.pixels=65536",
     "stages.semantic.operators.vlm_filter.max_tokens=4",
+    "stages.critic.gpus=0", "stages.critic.workers={min: 1, max: 1}", "stages.critic.decoders=1",
+    "stages.critic.operators.physics.critic.fps=4",
+    "stages.critic.operators.physics.critic.frame_pixels=4096",
     "stages.caption.gpus=0", "stages.caption.workers={min: 1, max: 1}",
     "stages.caption.decoders=1",
     "stages.caption.pixels=65536", "stages.caption.max_tokens=4",
@@ -66,13 +69,14 @@ def lake(videos, registry, tmp_path_factory) -> Lake:
 def test_every_head_speaks_of_every_clip_that_the_cheap_filters_left(lake: Lake):
     scored = rows(lake, """
         SELECT aesthetic_mean, content_type_label, embedding_frames, drift_total, vlm_filter_status,
-               vlm_filter_error FROM clips_decided WHERE verdict IN ('keep', 'duplicate')""")  # fmt: skip
+               vlm_filter_error, physics_score FROM clips_decided WHERE verdict IN ('keep', 'duplicate')""")  # fmt: skip
     assert len(scored) == 4
-    for aesthetic, label, frames, drift, status, error in scored:
+    for aesthetic, label, frames, drift, status, error, physics in scored:
         assert 0 < abs(aesthetic) < 1000
         assert label
         assert frames == 5
         assert 0 <= drift <= 2
+        assert 1 <= physics <= 5
         # Four tokens of a model that knows nothing are no answer, and said to be none.
         assert (status, error) == ("unparsed", None)
     unseen = rows(lake, "SELECT aesthetic_mean, vlm_filter_status FROM clips_decided "
@@ -113,7 +117,7 @@ def test_the_content_type_becomes_the_dataset_s_partition(lake: Lake):
 def test_the_run_tells_its_models_and_workers(lake: Lake):
     ((versions, workers),) = rows(lake, "SELECT versions, workers FROM runs")
     assert "model clip-vit-l-14" in json.loads(versions)["operators"]
-    assert [pool["stage"] for pool in json.loads(workers)] == ["vision", "semantic", "caption"]
+    assert [pool["stage"] for pool in json.loads(workers)] == ["vision", "semantic", "critic", "caption"]
 
 
 def test_refilter_agrees_and_search_finds(lake: Lake, registry: Path):
@@ -158,6 +162,6 @@ def test_gpus_that_a_machine_does_not_have_are_said(videos, registry, tmp_path):
     wanted = load_config("gpu", [*settings, f"models={registry}"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(ConfigError, match="vision, semantic, caption ask for GPUs"):
+        with pytest.raises(ConfigError, match="vision, semantic, critic, caption ask for GPUs"):
             run(wanted, str(videos), Lake(str(tmp_path / "lake")))
         gc.collect()
