@@ -41,7 +41,7 @@ class Child:
             self.worker.setup()
 
 
-def _begin(workers: Sequence[Child]) -> None:
+def begin(workers: Sequence[Child]) -> None:
     """Runs in the child. It ends when its parent does, and leaves Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -82,7 +82,7 @@ class IsolatedWorkers:
         self._pool: Any = ProcessPool(
             max_workers=processes,
             max_tasks=TASKS_PER_CHILD,
-            initializer=_begin,
+            initializer=begin,
             initargs=[list(workers)],
             context=multiprocessing.get_context("spawn"),
         )
@@ -119,7 +119,7 @@ class IsolatedWorkers:
                 error = MediaError(
                     "crashed",
                     f"{self._where(segment)} killed its worker process "
-                    f"({_exit_text(expired.exitcode)})",
+                    f"({exit_text(expired.exitcode)})",
                 )
             if tries_left:
                 future = self.schedule(segment, source)
@@ -149,7 +149,7 @@ class Pending:
         return self._workers.attempt(self._segment, self._source, self._future)
 
 
-def _exit_text(code: int | None) -> str:
+def exit_text(code: int | None) -> str:
     if code is not None and code < 0:
         return f"signal {signal.Signals(-code).name}"
     return f"exit code {code}"

@@ -24,7 +24,7 @@ def write_lake_report(lake: Lake, out: Path) -> Path:
                 rule.reason,
                 rule.predicate,
                 # Calibrated columns are computed when deciding; what they stand on is the critic's.
-                stage="physics" if "physics_calibrated" in rule.predicate else None,
+                stage="physics" if "physics_calibrated" in rule.predicate else "",
             )
             for rule in (policy.rules if policy else ())
         ]

@@ -24,6 +24,7 @@ from winnow.pipeline.report_ledger import (
     source_errors,
     verdicts,
 )
+from winnow.pipeline.report_physics import PhysicsScores, physics_scores
 from winnow.pipeline.report_rules import Rulebook, RuleShown
 from winnow.pipeline.report_runs import Run, runs, stages_of_sources
 from winnow.pipeline.report_scores import Score, scores
@@ -61,6 +62,7 @@ class Facts:
     content_types: Sequence[TypeCount]
     content_types_left: int
     votes: Votes | None
+    physics: PhysicsScores | None
     captions: Sequence[CaptionCount]
     source_errors: Sequence[ErrorGroup]
     operator_errors: Sequence[ErrorGroup]
@@ -110,6 +112,7 @@ def gather(
             content_types=by_type,
             content_types_left=types_left,
             votes=votes(lake),
+            physics=physics_scores(lake),
             captions=captions(lake),
             source_errors=source_errors(lake),
             operator_errors=operator_errors(lake),

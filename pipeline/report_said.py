@@ -1,16 +1,17 @@
-"""What models said of the clips that are shown: captions, the VLM filter's answers, classes."""
+"""What models said of the clips that are shown: captions, answers, classes, judgements."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from winnow.operators.vlm.caption_prompts import LENGTHS
 from winnow.operators.vlm.questions import EVIDENCE, VERDICTS
-from winnow.pipeline.report_values import short
+from winnow.pipeline.report_physics import COLUMNS as PHYSICS_COLUMNS
+from winnow.pipeline.report_physics import ShownJudgement, judgement
+from winnow.pipeline.report_values import joined, number, short, word, words
 from winnow.pipeline.report_views import ANSWERS, Views, quoted
 
 MOST_WINDOWS = 24
@@ -34,6 +35,7 @@ _CLIP_COLUMNS = (
     "vlm_filter_model",
     "vlm_filter_prompt",
     "vlm_filter_error",
+    *PHYSICS_COLUMNS,
 )
 _CAPTION_COLUMNS = (
     "window_number", "start_s", "end_s", "length", "status", "text", "flags", "error", "model",
@@ -98,6 +100,7 @@ class Said:
     asked: str = ""
     """Model and questions of the VLM filter."""
     error: str = ""
+    physics: ShownJudgement | None = None
     captions: list[CaptionedWindow] = field(default_factory=list)
     captioned: str = ""
     """Model and prompt of the captions."""
@@ -111,9 +114,14 @@ class Said:
         return next(texts, None)
 
     def __bool__(self) -> bool:
-        numbers = (self.aesthetic, self.prompt_match)
-        words = (self.content_type, self.status, self.error, self.captions)
-        return any(words) or any(number is not None for number in numbers)
+        scores = (self.aesthetic, self.prompt_match, self.physics)
+        texts = (self.content_type, self.status, self.error, self.captions)
+        return any(texts) or any(score is not None for score in scores)
+
+    @property
+    def at_length(self) -> bool:
+        """Whether there is more than fits on a card."""
+        return bool(self.captions or self.status or self.error or self.physics)
 
 
 def said(lake: Views, clip_ids: Sequence[str]) -> dict[str, Said]:
@@ -139,19 +147,20 @@ def _clips(lake: Views, clip_ids: Sequence[str]) -> Iterable[tuple[str, dict[str
 def _of_clip(values: Mapping[str, Any]) -> Said:
     get = values.get
     return Said(
-        content_type=_word(get("content_type_label")),
-        probability=_number(get("content_type_probability")),
-        aesthetic=_number(get("aesthetic_mean")),
-        prompt_match=_number(get("prompt_match_mean")),
-        prompt_margin=_number(get("prompt_match_margin")),
-        status=_word(get("vlm_filter_status")),
-        flags=_words(get("vlm_filter_flags")),
-        worst=_number(get("vlm_filter_worst")),
-        worst_question=_word(get("vlm_filter_worst_question")),
+        content_type=word(get("content_type_label")),
+        probability=number(get("content_type_probability")),
+        aesthetic=number(get("aesthetic_mean")),
+        prompt_match=number(get("prompt_match_mean")),
+        prompt_margin=number(get("prompt_match_margin")),
+        status=word(get("vlm_filter_status")),
+        flags=words(get("vlm_filter_flags")),
+        worst=number(get("vlm_filter_worst")),
+        worst_question=word(get("vlm_filter_worst_question")),
         classes=_pairs(get("vlm_filter_classes")),
         answers=_answers(get(ANSWERS)),
-        asked=_joined(get("vlm_filter_model"), get("vlm_filter_prompt")),
-        error=_word(get("vlm_filter_error"), 300),
+        asked=joined(get("vlm_filter_model"), get("vlm_filter_prompt")),
+        error=word(get("vlm_filter_error"), 300),
+        physics=judgement(values),
     )
 
 
@@ -177,19 +186,19 @@ def _add_captions(told: Said, rows: Sequence[dict[str, Any]]) -> None:
     for row in sorted(rows, key=lambda row: (row["window_number"] or 0, _place(row["length"]))):
         windows.setdefault(row["window_number"] or 0, []).append(row)
     for captions in list(windows.values())[:MOST_WINDOWS]:
-        start_s, end_s = _number(captions[0]["start_s"]), _number(captions[0]["end_s"])
+        start_s, end_s = number(captions[0]["start_s"]), number(captions[0]["end_s"])
         told.captions.append(CaptionedWindow(start_s, end_s, [_caption(row) for row in captions]))
     told.captions_left = max(len(windows) - MOST_WINDOWS, 0)
-    told.captioned = _joined(rows[0]["model"], rows[0]["prompt"])
+    told.captioned = joined(rows[0]["model"], rows[0]["prompt"])
 
 
 def _caption(row: Mapping[str, Any]) -> ShownCaption:
     return ShownCaption(
-        length=_word(row["length"]),
-        status=_word(row["status"]),
-        text=_word(row["text"], _LONGEST_CAPTION),
-        flags=_words(row["flags"]),
-        error=_word(row["error"], 500),
+        length=word(row["length"]),
+        status=word(row["status"]),
+        text=word(row["text"], _LONGEST_CAPTION),
+        flags=words(row["flags"]),
+        error=word(row["error"], 500),
     )
 
 
@@ -214,8 +223,8 @@ def _answers(text: Any) -> list[AnsweredWindow]:
 
 
 def _answer(record: Mapping[str, Any]) -> AnsweredWindow:
-    text = _word(record.get("text"), _LONGEST_ANSWER)
-    status = _word(record.get("status"))
+    text = word(record.get("text"), _LONGEST_ANSWER)
+    status = word(record.get("status"))
     values = _object(text)
     told: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
     classes = []
@@ -230,8 +239,8 @@ def _answer(record: Mapping[str, Any]) -> AnsweredWindow:
     readable = bool(values) and status in ("ok", "incomplete")
     frames = record.get("frames")
     return AnsweredWindow(
-        start_s=_number(record.get("start_s")),
-        end_s=_number(record.get("end_s")),
+        start_s=number(record.get("start_s")),
+        end_s=number(record.get("end_s")),
         status=status,
         yes=told["yes"] if readable else (),
         unsure=told["unsure"] if readable else (),
@@ -239,8 +248,8 @@ def _answer(record: Mapping[str, Any]) -> AnsweredWindow:
         classes=classes if readable else (),
         evidence=values.get(EVIDENCE, "") if readable else "",
         raw="" if readable else text,
-        problems=_words(record.get("problems"), 200),
-        error=_word(record.get("error"), 500),
+        problems=words(record.get("problems"), 200),
+        error=word(record.get("error"), 500),
         frames=frames if isinstance(frames, int) else None,
     )
 
@@ -262,26 +271,7 @@ def _object(text: str) -> dict[str, str]:
 # --- values --------------------------------------------------------------------------------------
 
 
-def _number(value: Any) -> float | None:
-    usable = isinstance(value, int | float) and math.isfinite(value)
-    return float(value) if usable else None
-
-
-def _word(value: Any, longest: int = 100) -> str:
-    return short(value, longest) if isinstance(value, str) else ""
-
-
-def _words(values: Any, longest: int = 60) -> list[str]:
-    if not isinstance(values, list):
-        return []
-    return [short(value, longest) for value in values[:30] if isinstance(value, str)]
-
-
 def _pairs(values: Any) -> list[tuple[str, str]]:
     if not isinstance(values, Mapping):
         return []
     return [(short(str(k), 60), short(str(v), 60)) for k, v in list(values.items())[:30]]
-
-
-def _joined(*texts: Any) -> str:
-    return ", ".join(short(text, 200) for text in texts if isinstance(text, str) and text)

@@ -36,6 +36,29 @@ def plain(value: Any) -> Any:
     return float(f"{number:.5g}") if math.isfinite(number) else str(number)
 
 
+def number(value: Any) -> float | None:
+    """A finite number; None for anything else."""
+    usable = isinstance(value, int | float) and math.isfinite(value)
+    return float(value) if usable else None
+
+
+def word(value: Any, longest: int = 100) -> str:
+    """A text cut to `longest` characters, empty for anything else."""
+    return short(value, longest) if isinstance(value, str) else ""
+
+
+def words(values: Any, longest: int = 60) -> list[str]:
+    """The texts of a list, 30 at most, each cut to `longest` characters; empty for no list."""
+    if not isinstance(values, list):
+        return []
+    return [short(value, longest) for value in values[:30] if isinstance(value, str)]
+
+
+def joined(*texts: Any) -> str:
+    """The texts that are there, with commas between."""
+    return ", ".join(short(text, 200) for text in texts if isinstance(text, str) and text)
+
+
 def from_json(value: Any) -> Any:
     """What a JSON text holds; anything else as it is."""
     if not isinstance(value, str):

@@ -21,7 +21,13 @@ CLIPS = "winnow_report_clips"
 """The decided clips while a report is made: without pictures, with `verdict_shown`."""
 
 ANSWERS = "vlm_filter_answers"
-"""Whole answers of a model, kilobytes a clip: read for the clips shown, never counted."""
+"""Whole answers of the VLM filter's model."""
+
+TRACE = "physics_trace"
+"""What the critic's model wrote before its score."""
+
+# Kilobytes a clip: read for the clips shown, never counted.
+_AT_LENGTH = {ANSWERS, TRACE}
 
 # Who, where and when of a clip; everything else that is a number is a score.
 _NOT_SCORES = {
@@ -116,7 +122,7 @@ class Views:
             name
             for name, kind in self.columns["clips_decided"].items()
             if kind == "VARCHAR"
-            and name != ANSWERS
+            and name not in _AT_LENGTH
             and name in self.columns["clips"]
             and self.operator(name)
             and not name.endswith(("_error", "_version"))
@@ -131,7 +137,7 @@ class Views:
         taken = [
             quoted(name)
             for name, kind in self.columns["clips_decided"].items()
-            if name == "reasons" or (name != ANSWERS and not _LONG.search(kind))
+            if name == "reasons" or (name not in _AT_LENGTH and not _LONG.search(kind))
         ]
         self._connection.execute(
             f"CREATE OR REPLACE TEMP TABLE {CLIPS} AS "

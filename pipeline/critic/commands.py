@@ -18,6 +18,7 @@ critic_app = typer.Typer(
 )
 
 FAILED = 1
+PRECISIONS = (0.8, 0.9, 0.95)
 
 
 class Mode(StrEnum):
@@ -194,6 +195,100 @@ def compare(
         from winnow.pipeline.critic.console import print_comparison
 
         print_comparison(found)
+
+
+@critic_app.command()
+def probe(
+    videos: Annotated[
+        list[Path] | None, typer.Argument(metavar="VIDEO...", help="video files")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", "-d", help="or the videos of a data set")
+    ] = None,
+    folder: VideosOption = None,
+    limit: Annotated[int, typer.Option(min=1, help="so many videos of the data set, by lot")] = 24,
+    probes: Annotated[str, typer.Option(help="a file of probes, or a name")] = "probes",
+    only: Annotated[list[str] | None, typer.Option(help="only this probe; repeatable")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of what the probes draw by lot")] = 0,
+    offline: OfflineOption = False,
+    model: ModelOption = None,
+    vlm_url: UrlOption = None,
+    mode: ModeOption = None,
+    prompt: PromptOption = None,
+    fps: FpsOption = None,
+    pixels: PixelsOption = None,
+    overrides: SetOption = None,
+    models: ModelsOption = "models",
+    json_output: JsonOption = False,
+) -> None:
+    """Change videos in ways whose effect is known, and see whether the score moves as it should."""
+    from winnow.operators.errors import ConfigError
+    from winnow.pipeline.console import complain, print_json
+    from winnow.pipeline.critic.console import progress
+    from winnow.pipeline.critic.decoding import Video
+    from winnow.pipeline.critic.probe import Probes
+    from winnow.pipeline.critic.probing import run_probes
+
+    if (dataset is None) == (not videos):
+        raise ConfigError("say what to probe: video files, or a data set by --dataset")
+    chosen = Probes.read(probes)
+    chosen = chosen.only(only) if only else chosen
+    settings = _settings(model, vlm_url, mode, prompt, fps, pixels, overrides)
+    if dataset is not None:
+        examples = _dataset(dataset, folder, Scale.auto, None, limit, offline).examples
+        wanted = [Video(e.example_id, e.video, e.caption) for e in examples if e.video is not None]
+    else:
+        # The path is the id: a file that is named twice is probed once.
+        wanted = [Video(str(path), path) for path in dict.fromkeys(videos or ())]
+    with progress("judgements") as report:
+        result, failures = run_probes(
+            wanted,
+            chosen,
+            settings,
+            _models(models),
+            seed=seed,
+            report=lambda _, done, total: report(done, total),
+        )
+    for name, reason in failures.items():
+        complain(f"cannot be decoded: {name}: {reason}")
+    if json_output:
+        print_json(result.record() | {"undecodable": failures})
+    else:
+        from winnow.pipeline.critic.console import print_probes
+
+        print_probes(result)
+
+
+@critic_app.command()
+def calibrate(
+    results: Annotated[Path, typer.Argument(help="folder of an evaluation")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the calibration, .yaml or .json")],
+    precision: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--precision",
+            min=0,
+            max=1,
+            help="find the threshold that keeps clips of which this share is good; repeatable",
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="default: the name of the file")] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Fit probabilities and thresholds to an evaluation, for policies to name."""
+    from winnow.pipeline.console import print_json, say
+    from winnow.pipeline.critic.calibrate import calibrate as fit_to
+    from winnow.pipeline.critic.calibrate import write_calibration
+
+    made = fit_to(results, precision or PRECISIONS, name or out.stem)
+    written = write_calibration(made, out)
+    if json_output:
+        print_json({"out": str(written), **made.model_dump(mode="json")})
+        return
+    from winnow.pipeline.critic.console import print_calibration
+
+    print_calibration(made)
+    say(f"calibration: {written}")
 
 
 def _settings(

@@ -21,7 +21,10 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from winnow.operators.critic.calibration import Calibration
 from winnow.pipeline.console import LINE_EVERY_S, say
+from winnow.pipeline.critic.probe import ProbeResult
+from winnow.pipeline.critic.probe_table import probe_table, remarks
 from winnow.pipeline.critic.report import FIGURES, figure, rows
 
 _errors = Console(stderr=True)
@@ -139,3 +142,29 @@ def print_comparison(found: Mapping[str, Any]) -> None:
         f"(McNemar p {test['p_value']:.4f})"
     )
     say(found["verdict"])
+
+
+def print_probes(result: ProbeResult) -> None:
+    """The table of probes, and what is to be read with it."""
+    _output.print(probe_table(result))
+    for remark in remarks(result):
+        say(remark)
+
+
+def print_calibration(made: Calibration) -> None:
+    """What the fit changes, and what its thresholds keep."""
+    on, figures = made.fitted_on, made.figures
+    say(f"{made.critic}: {on.examples} rated videos of {on.groups} prompts of {on.dataset}")
+    columns = [("before", figures.before), ("after", figures.after)]
+    if figures.held_out is not None:
+        columns.append(("held out", figures.held_out))
+    table = Table("", *(name for name, _ in columns), box=None)
+    for name in type(figures.before).model_fields:
+        table.add_row(name, *(figure(getattr(each, name)) for _, each in columns))
+    _output.print(table)
+    cuts = ", ".join(f"{cut:.2f}" for cut in made.cut_points)
+    say(f"temperature {made.temperature:.2f}; cut points {cuts}")
+    for threshold in made.thresholds:
+        say(threshold.text or f"precision {threshold.precision:g}: limit {threshold.limit}")
+    for note in made.notes:
+        say(note)

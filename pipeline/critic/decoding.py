@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from pebble import ProcessExpired, ProcessPool
 
 from winnow.operators.errors import MediaError, WinnowError
-from winnow.pipeline.isolation import TASKS_PER_CHILD, _begin, _exit_text
+from winnow.pipeline.isolation import TASKS_PER_CHILD, begin, exit_text
 
 if TYPE_CHECKING:
     from winnow.operators.critic.critic import Critic, Shown
@@ -55,7 +55,7 @@ class Decoders:
             self._pool = ProcessPool(
                 max_workers=processes,
                 max_tasks=TASKS_PER_CHILD,
-                initializer=_begin,
+                initializer=begin,
                 initargs=[[]],
                 context=multiprocessing.get_context("spawn"),
             )
@@ -86,7 +86,7 @@ class Decoders:
                 ) from error
             except ProcessExpired as expired:
                 if not tries_left:
-                    how = _exit_text(expired.exitcode)
+                    how = exit_text(expired.exitcode)
                     raise MediaError("crashed", f"decoding killed its process ({how})") from expired
             except WinnowError:
                 raise

@@ -26,6 +26,7 @@ from winnow.pipeline.critic.results import (
     Line,
     Record,
     judged,
+    plain,
     write_json,
 )
 
@@ -57,7 +58,7 @@ class Evaluation:
     folder: Path
     results: dict[str, Any] = field(repr=False)
     judged_now: int
-    """Videos that this call judged; the others were there."""
+    """Videos that this call gave to the critic; the others were done, or cannot be decoded."""
 
 
 def evaluate(
@@ -84,6 +85,7 @@ def evaluate(
     started = time.monotonic()
     chosen = known(dataset)
     progress = progress or Progress()
+    processes = max(1, (os.cpu_count() or 2) - 1) if decoders is None else decoders
     with Record(out, identity(dataset, settings, models), restart=restart) as record:
         record.forget(
             example.example_id
@@ -98,28 +100,34 @@ def evaluate(
                 status = "decode" if example.problem_kind == "not_video" else "download"
                 record.add(_line(example, status=status, error=example.problem))
         todo = [example for example in missing if example.video is not None]
+        judged_now, ready = 0, len(chosen) - len(todo)
         if todo:
-            processes = max(1, (os.cpu_count() or 2) - 1) if decoders is None else decoders
             critic = Critic.open(settings, models)
             try:
                 with Decoders(processes, timeout_s) as children:
                     done = _judge(todo, critic, children, batch)
                     for line in _unless_all_fail(done):
                         record.add(line)
-                        progress.report(_done(chosen, record), len(chosen))
+                        judged_now += line.status != "decode"
+                        ready += 1
+                        progress.report(ready, len(chosen))
             finally:
                 critic.close()
         lines = [record.lines[example.example_id] for example in chosen]
         wall_s = time.monotonic() - started
-        results = {
-            **json.loads((out / HEADER).read_text("utf-8")),
-            **figures(lines, dataset),
-            "settings": settings.model_dump(mode="json"),
-            "speed": _speed(lines, len(todo), wall_s),
-        }
+        results = plain(
+            {
+                **json.loads((out / HEADER).read_text("utf-8")),
+                **figures(lines, dataset),
+                "settings": settings.model_dump(mode="json"),
+                "speed": _speed(lines, judged_now, wall_s),
+            }
+        )
         write_json(out / RESULTS, results)
-        write_report(out / REPORT, results, lines, settings, timeout_s=timeout_s)
-    return Evaluation(out, results, len(todo))
+        write_report(
+            out / REPORT, results, lines, settings, timeout_s=timeout_s, decoders=processes
+        )
+    return Evaluation(out, results, judged_now)
 
 
 def known(dataset: Dataset) -> list[Example]:
@@ -203,10 +211,6 @@ def _line(example: Example, **said: Any) -> Line:
         is_hard=example.is_hard,
         **said,
     )
-
-
-def _done(chosen: Sequence[Example], record: Record) -> int:
-    return sum(example.example_id in record.lines for example in chosen)
 
 
 def _speed(lines: Sequence[Line], now: int, wall_s: float) -> Mapping[str, float | int | None]:

@@ -67,7 +67,7 @@ def figures(lines: Sequence[Line], dataset: Dataset) -> dict[str, Any]:
         "actions": subsets(by(truth, judged, [ln.action for ln in lines], statuses=statuses)),
         "hard": subsets(by(truth, judged, [_hardness(ln) for ln in lines], statuses=statuses)),
         "seeds": seeds(lines),
-        "modes": dict(sorted(Counter(line.mode for line in lines if line.mode).items())),
+        "modes": dict(sorted(Counter(ln.mode for ln in lines if ln.status == "ok").items())),
         "versions": versions(),
     }
 

@@ -15,7 +15,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -160,7 +160,8 @@ class Record:
         if gone:
             self._file.close()
             self.lines = {k: line for k, line in self.lines.items() if k not in gone}
-            self._rewrite()
+            with _writing(self.folder):
+                self._rewrite()
 
     def add(self, line: Line) -> None:
         """Write one line, so that a kill from now on does not cost it."""
@@ -295,7 +296,7 @@ def _lock(folder: Path) -> IO[str]:
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Any:
+def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

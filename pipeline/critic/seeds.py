@@ -49,6 +49,7 @@ def _group(name: str, generator: str | None, videos: Sequence[Line]) -> dict[str
     picks = [line for score, line in scored if score == best]
     return {
         "group": name,
+        "caption": videos[0].caption,
         "generator": generator,
         "videos": len(videos),
         "scored": len(scored),

@@ -69,7 +69,8 @@ def lake(videos, registry, tmp_path_factory) -> Lake:
 def test_every_head_speaks_of_every_clip_that_the_cheap_filters_left(lake: Lake):
     scored = rows(lake, """
         SELECT aesthetic_mean, content_type_label, embedding_frames, drift_total, vlm_filter_status,
-               vlm_filter_error, physics_score FROM clips_decided WHERE verdict IN ('keep', 'duplicate')""")  # fmt: skip
+               vlm_filter_error, physics_score FROM clips_decided
+        WHERE verdict IN ('keep', 'duplicate')""")  # fmt: skip
     assert len(scored) == 4
     for aesthetic, label, frames, drift, status, error, physics in scored:
         assert 0 < abs(aesthetic) < 1000
@@ -117,7 +118,12 @@ def test_the_content_type_becomes_the_dataset_s_partition(lake: Lake):
 def test_the_run_tells_its_models_and_workers(lake: Lake):
     ((versions, workers),) = rows(lake, "SELECT versions, workers FROM runs")
     assert "model clip-vit-l-14" in json.loads(versions)["operators"]
-    assert [pool["stage"] for pool in json.loads(workers)] == ["vision", "semantic", "critic", "caption"]
+    assert [pool["stage"] for pool in json.loads(workers)] == [
+        "vision",
+        "semantic",
+        "critic",
+        "caption",
+    ]
 
 
 def test_refilter_agrees_and_search_finds(lake: Lake, registry: Path):
