@@ -20,7 +20,7 @@ demo: setup
 	$(BIN)/winnow demo --out demo
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check .

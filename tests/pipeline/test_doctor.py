@@ -58,9 +58,11 @@ def test_the_command_tells_what_each_gap_costs_and_never_a_key():
 def test_missing_models_are_named_with_the_command_that_fetches_them(no_models):
     found = doctor._models()
     assert found.state == "gap"
-    assert "needs 3, of which 0 are here" in found.found
+    assert "needs 4, of which 0 are here" in found.found
     assert "winnow models pull" in found.cost
-    assert "clip-vit-l-14, laion-aesthetic-v2, qwen3-vl-8b (19.3 GB)" in found.cost
+    assert (
+        "clip-vit-l-14, laion-aesthetic-v2, qwen3-vl-8b, cosmos-reason2-8b (36.8 GB)" in found.cost
+    )
 
 
 def test_a_damaged_model_is_told_from_a_missing_one(no_models):
