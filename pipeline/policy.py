@@ -13,6 +13,7 @@ pipeline/calibrated.py, which are computed while they decide.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -266,6 +267,8 @@ class Evaluator:
                 f"{PREFIX}* are the columns of a calibration"
             )
         self._connection = sandboxed()
+        # The calls of a Ray actor overlap, and DuckDB refuses a second query on one connection.
+        self._asking = threading.Lock()
         self._calibrated: dict[str, set[str]] = {}
         self.reads = {rule.name: self._check(rule) for rule in policy.rules}
         """By rule the measured columns that it reads, in lower case."""
@@ -355,9 +358,10 @@ class Evaluator:
         selected = ", ".join(_judgement(rule) for rule in rules)
         query = f"SELECT {selected} FROM {clips} AS clips"
         answers = []
-        for row in rows:
-            parameters = [_parameter(row.get(f.name), f.type) for f in fields]
-            answers += self._connection.execute(query, parameters).fetchall()
+        with self._asking:
+            for row in rows:
+                parameters = [_parameter(row.get(f.name), f.type) for f in fields]
+                answers += self._connection.execute(query, parameters).fetchall()
         return _sort(rules, answers)
 
     def judge(

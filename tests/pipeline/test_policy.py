@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pyarrow as pa
 import pytest
 
@@ -73,3 +75,14 @@ def test_a_predicate_is_one_expression_over_known_columns(predicate):
 
 def test_a_predicate_may_end_in_a_comment():
     assert judge([Rule(name="r", reject="a_score < 1 -- too low")], {"a_score": 0.0}) == (["r"], [])
+
+
+def test_threads_may_ask_at_once():
+    evaluator = Evaluator(
+        policy(Rule(name="low", reject="x < 50")), [Column("x", pa.float64(), "")]
+    )
+    rows = [[{"x": float(n)} for n in range(k, k + 40)] for k in range(16)]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(evaluator.rejects, rows))
+    for asked, answered in zip(rows, answers, strict=True):
+        assert [bool(rejecting) for rejecting, _ in answered] == [row["x"] < 50 for row in asked]
