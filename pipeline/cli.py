@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from winnow.pipeline.backfill_command import measure
 from winnow.pipeline.critic.commands import critic_app
+from winnow.pipeline.export_command import export
+from winnow.pipeline.index_commands import index_app
+from winnow.pipeline.lake_commands import lake_app
+from winnow.pipeline.policy_commands import policy_app
+from winnow.pipeline.query_commands import search, sql
 
 if TYPE_CHECKING:
     from winnow.pipeline.config import RunConfig
@@ -26,6 +32,11 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at and check configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(critic_app, name="critic")
+app.add_typer(policy_app, name="policy")
+app.add_typer(index_app, name="index")
+app.add_typer(lake_app, name="lake")
+for command in (sql, search, measure, export):
+    app.command()(command)
 models_app = typer.Typer(help="Look at and fetch the models.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 
@@ -50,13 +61,6 @@ StorageOption = Annotated[
     typer.Option("--storage-option", metavar="KEY=VALUE", help="object-store setting; repeatable"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
-
-
-class Format(StrEnum):
-    table = "table"
-    json = "json"
-    csv = "csv"
-    parquet = "parquet"
 
 
 class Engine(StrEnum):
@@ -87,6 +91,9 @@ def run(
     ray_address: Annotated[
         str | None, typer.Option("--ray-address", help="a Ray cluster; default: start Ray here")
     ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="where another run writes to the lake, wait for its end")
+    ] = False,
     storage_option: StorageOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -111,6 +118,7 @@ def run(
             ray_address=ray_address,
             progress=progress,
             options=options,
+            wait=wait,
         )
     _show_result(result, lake, json_output=json_output)
 
@@ -193,44 +201,6 @@ def refilter(
             f"{result.kept_without_media} of the kept clips have no media yet, so they are not in "
             "the dataset"
         )
-
-
-@app.command()
-def sql(
-    query: Annotated[str, typer.Argument(help="a SELECT over the lake's views")],
-    lake: LakeOption,
-    output: Annotated[Format, typer.Option("--format", "-f")] = Format.table,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="write to a file")] = None,
-    storage_option: StorageOption = None,
-) -> None:
-    """Query the lake: sources, clips, verdicts, dataset, embeddings, runs, clips_decided."""
-    from winnow.pipeline.query import write_query
-
-    write_query(_lake(lake, _pairs(storage_option)), query, output.value, out)
-
-
-@app.command()
-def search(
-    lake: LakeOption,
-    text: Annotated[str, typer.Option("--text", "-t", help="what to look for")],
-    count: Annotated[int, typer.Option("-k", min=1, max=1000, help="how many clips")] = 10,
-    models: Annotated[
-        str | None, typer.Option(help="a models file; default: the one of the lake's latest run")
-    ] = None,
-    storage_option: StorageOption = None,
-    json_output: JsonOption = False,
-) -> None:
-    """Find the clips whose frames are nearest to a text."""
-    from dataclasses import asdict
-
-    from winnow.pipeline.console import print_hits, print_json
-    from winnow.pipeline.search import search_text
-
-    hits = search_text(_lake(lake, _pairs(storage_option)), text, count, models=models)
-    if json_output:
-        print_json([asdict(hit) for hit in hits])
-    else:
-        print_hits(hits)
 
 
 @app.command()

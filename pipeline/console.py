@@ -54,7 +54,7 @@ def print_json(content: Any) -> None:
 def run_progress() -> Iterator[Progress]:
     """Progress of a run: a bar on a terminal, an occasional line elsewhere."""
     if not _errors.is_terminal:
-        yield Progress(_lines())
+        yield Progress(_lines(), complain)
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
@@ -65,7 +65,7 @@ def run_progress() -> Iterator[Progress]:
             name = "sources" if source is None else source.key[-40:]
             bars.update(task, completed=done, total=total, description=escape(name))
 
-        yield Progress(report)
+        yield Progress(report, complain)
 
 
 def _lines() -> Any:

@@ -2,7 +2,8 @@
 
 Rows of a batch are appended table by table, each with the attempt that made it; the `sources` rows
 that name the attempts come last. Views join on committed attempts, so a crash at any moment leaves
-nothing visible that is half done.
+nothing visible that is half done. What is measured later stands in `measurements`, with the
+`backfills` rows as its commit point.
 """
 
 from __future__ import annotations
@@ -80,6 +81,22 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("sidecar_problem", pa.string(), "why a sidecar could not be used"),
         Column("seconds", pa.map_(pa.string(), pa.float64()), "time spent by stage", "s"),
     ),
+    # Before the tables whose rows it makes visible: tables are opened in this order.
+    "backfills": _table(
+        _ATTEMPT,
+        Column("backfill_id", pa.string(), "the backfill that made the attempt"),
+        Column("seq", pa.int64(), "order of commit in the lake"),
+        Column("committed_at", _TIME, "time of commit"),
+        Column("sources", pa.int64(), "sources of the batch"),
+        Column("measurements", pa.int64(), "measurements of the batch"),
+        Column(
+            "operators",
+            pa.string(),
+            "by operator: version, settings and their hash, models, columns, embeddings; JSON",
+        ),
+        Column("selection", pa.string(), "predicate that chose the clips; empty for all"),
+        Column("engine", pa.string(), "inline or ray"),
+    ),
     "clips": _table(
         _CLIP_ID,
         _SOURCE_ID,
@@ -94,6 +111,16 @@ TABLES: dict[str, tuple[Column, ...]] = {
             pa.map_(pa.string(), pa.string()),
             "operators that measured the clip",
         ),
+    ),
+    "measurements": _table(
+        _CLIP_ID,
+        _ATTEMPT,
+        Column("backfill_id", pa.string(), "the backfill that measured"),
+        Column("seq", pa.int64(), "order of commit in the lake: the newest is shown in `clips`"),
+        Column("operator", pa.string(), "the operator that measured; its columns are set"),
+        Column("operator_version", pa.string(), "its version"),
+        Column("settings_hash", pa.string(), "hash of its settings, models and backbone"),
+        Column("embeddings", _STRINGS, "models whose vectors the operator writes beside columns"),
     ),
     "embeddings": _table(
         _CLIP_ID,
@@ -209,13 +236,16 @@ class Lake:
         if not self.exists():
             raise LakeError(f"there is no lake at {self.uri}: make one with `winnow run --lake`")
 
-    def create(self, clip_columns: Sequence[Column]) -> None:
-        """Make what tables are missing, and add clip columns that are new."""
+    def create(self, clip_columns: Sequence[Column], measured_later: Sequence[Column] = ()) -> None:
+        """Make what tables are missing, and add clip columns that are new.
+
+        Columns `measured_later` stand in `measurements`, and in `clips`, where the views look.
+        """
         if self.is_local:
             Path(self.uri).mkdir(parents=True, exist_ok=True)
+        more = {"clips": (*clip_columns, *measured_later), "measurements": measured_later}
         for name, columns in TABLES.items():
-            wanted = (*columns, *clip_columns) if name == "clips" else columns
-            self._ensure(name, arrow_schema(wanted))
+            self._ensure(name, arrow_schema((*columns, *more.get(name, ()))))
 
     def _ensure(self, name: str, schema: pa.Schema) -> None:
         table = self.open(name)
@@ -313,7 +343,31 @@ class Lake:
     def dataset(self, table: str) -> pads.Dataset | None:
         """The table as an Arrow dataset, read lazily."""
         present = self.open(table)
-        return None if present is None else present.to_pyarrow_dataset()
+        if present is None:
+            return None
+        return without_file_statistics(present.to_pyarrow_dataset(), PARTITIONS.get(table, ()))
+
+
+def without_file_statistics(dataset: pads.Dataset, partition: Sequence[str]) -> pads.Dataset:
+    """The same rows, of files that promise nothing but their partition.
+
+    For a column that is younger than a file, deltalake 1.6 promises `column >= NULL`, from which Arrow
+    concludes that no value is NULL: `IS NULL` would find nothing, `IS NOT NULL` every row. Parquet's
+    own statistics still spare reading.
+    """
+    import pyarrow.dataset as pads
+
+    fragments = []
+    for fragment in dataset.get_fragments():
+        keys = pads.get_partition_keys(fragment.partition_expression)
+        promise = pads.scalar(True)
+        for name in partition:
+            promise = promise & (pads.field(name) == keys[name])
+        fragments.append(fragment.format.make_fragment(fragment.path, fragment.filesystem, promise))
+    if not fragments:
+        return dataset
+    first = fragments[0]
+    return pads.FileSystemDataset(fragments, dataset.schema, first.format, first.filesystem)
 
 
 def _same_type(a: pa.DataType, b: pa.DataType) -> bool:

@@ -15,12 +15,15 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from winnow.operators.critic.calibration import Calibration, load_calibration
@@ -43,6 +46,7 @@ from winnow.pipeline.percentiles import (
     limit_tables,
     measure_limits,
 )
+from winnow.pipeline.predicates import check_expression
 
 
 class Rule(Strict):
@@ -194,8 +198,8 @@ SOURCE_COLUMNS = (
 def predicate_columns(predicate: str, where: str) -> set[str]:
     """The columns that an SQL predicate reads.
 
-    Raises ConfigError where the text is not one expression, or holds a subquery: a predicate sees
-    one clip and nothing else.
+    Raises ConfigError where the text is not one expression, or is made of more than
+    pipeline/predicates.py allows: a predicate sees one clip and nothing else.
     """
     if not predicate.strip():
         raise ConfigError(f"{where}: the predicate is empty")
@@ -203,15 +207,19 @@ def predicate_columns(predicate: str, where: str) -> set[str]:
         row = connection.execute(
             "SELECT json_serialize_sql('SELECT (' || ? || chr(10) || ')')", [predicate]
         ).fetchone()
-    tree = json.loads(row[0]) if row else {}
+    try:
+        tree = json.loads(row[0]) if row else {}
+    except RecursionError as error:
+        raise ConfigError(f"{where}: the predicate is nested too deep") from error
     if tree.get("error"):
         raise ConfigError(f"{where}: not a valid SQL predicate: {tree.get('error_message')}")
     statements = tree["statements"]
     node = statements[0]["node"] if len(statements) == 1 else {}
     selected = node.get("select_list", [])
     plain = node.get("from_table", {}).get("type") == "EMPTY" and len(selected) == 1
-    if not plain or node.get("where_clause") or any(_kinds(selected, "SUBQUERY")):
+    if not plain or node.get("where_clause"):
         raise ConfigError(f"{where}: write one SQL expression over a clip's columns, no query")
+    check_expression(selected, where)
     columns: set[str] = set()
     for reference in _kinds(selected, "COLUMN_REF"):
         columns.add(reference["column_names"][-1].lower())
@@ -239,24 +247,38 @@ def _kinds(tree: Any, kind: str) -> Iterator[dict[str, Any]]:
             yield from _kinds(value, kind)
 
 
-def sandboxed() -> duckdb.DuckDBPyConnection:
+def sandboxed(threads: int = 1) -> duckdb.DuckDBPyConnection:
     """A DuckDB connection that can neither read nor write anything outside its own tables."""
     connection = duckdb.connect()
-    connection.execute("SET threads = 1")
+    connection.execute(f"SET threads = {threads:d}")
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
     return connection
 
 
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What the rules say of many clips: few distinct outcomes, and which of them each clip has."""
+
+    outcome: NDArray[np.int64]
+    """For each clip its place in `outcomes`."""
+    outcomes: list[tuple[list[str], list[str]]]
+    """The rules that reject, and those that cannot judge."""
+    limits: list[Limit]
+    """Where the percentiles lie."""
+
+
 class Evaluator:
     """Applies a policy to clips whose columns are declared.
 
+    `threads` are those that work on a whole table; a run's stages have their own processes.
     Raises ConfigError at construction where a rule names a column that nobody writes or its
     predicate does not yield a truth value.
     """
 
-    def __init__(self, policy: Policy, columns: Sequence[Column]) -> None:
+    def __init__(self, policy: Policy, columns: Sequence[Column], *, threads: int = 1) -> None:
         self.policy = policy
+        self.columns = tuple(columns)
         self._schema = pa.schema([(c.name, c.type) for c in (*SOURCE_COLUMNS, *columns)
                                   if not pa.types.is_binary(c.type)])  # fmt: skip
         self._names = {name.lower(): name for name in self._schema.names}
@@ -266,7 +288,7 @@ class Evaluator:
                 f"policy {policy.name}: the column {taken[0]!r} is written by a stage: rename it, for "
                 f"{PREFIX}* are the columns of a calibration"
             )
-        self._connection = sandboxed()
+        self._connection = sandboxed(threads)
         # The calls of a Ray actor overlap, and DuckDB refuses a second query on one connection.
         self._asking = threading.Lock()
         self._calibrated: dict[str, set[str]] = {}
@@ -304,7 +326,7 @@ class Evaluator:
                 kind = self._connection.execute(described).fetchall()[0][1]
                 if kind != "BOOLEAN":
                     raise ConfigError(f"{where}: {predicate!r} is {kind}, not true or false")
-            self._judge([rule], [])
+            self._judge([rule], []).fetchall()
         except duckdb.Error as error:
             raise ConfigError(f"{where}: {error}") from error
         finally:
@@ -367,24 +389,29 @@ class Evaluator:
     def judge(
         self, table: pa.Table, rules: Sequence[Rule]
     ) -> tuple[list[tuple[list[str], list[str]]], list[Limit]]:
-        """`rejects` for an Arrow table that has the declared columns, in its order.
+        """`rejects` for an Arrow table, in its order: `judge_all`, clip by clip."""
+        judged = self.judge_all(table, rules)
+        return [judged.outcomes[place] for place in judged.outcome.tolist()], judged.limits
 
-        The table is the population of percentile rules; also returns where these lie.
+    def judge_all(self, table: pa.Table, rules: Sequence[Rule]) -> Judged:
+        """What the rules say of an Arrow table that has the columns that they read, in its order.
+
+        The table is the population of percentile rules.
         """
-        if not rules:
-            return [([], []) for _ in range(table.num_rows)], []
-        rows = pa.array(range(table.num_rows), pa.int64())
         limits: list[Limit] = []
+        if not rules:
+            return Judged(np.zeros(table.num_rows, np.int64), [([], [])], limits)
+        rows = pa.array(np.arange(table.num_rows, dtype=np.int64))
         try:
             self._show(table.append_column("_row", rows), rules)
-            answers = self._judge(rules, limits, " ORDER BY clips._row")
+            answers = self._judge(rules, limits, " ORDER BY clips._row").to_arrow_table()
         finally:
             self._hide()
-        return _sort(rules, answers), limits
+        return Judged(*_distinct(rules, answers), limits)
 
     def _judge(
         self, rules: Sequence[Rule], limits: list[Limit], order: str = ""
-    ) -> list[tuple[Any, ...]]:
+    ) -> duckdb.DuckDBPyRelation:
         """The rules' answers for every row of the table `clips`; percentiles go into `limits`."""
         ranking = {rule.name: rule.percentile for rule in rules if rule.percentile is not None}
         tables = limit_tables(list(ranking))
@@ -392,9 +419,8 @@ class Evaluator:
         for name, percentile in ranking.items():
             limits += measure_limits(self._connection, name, percentile, tables[name])
             joins.append(join_limits(percentile, tables[name]))
-        selected = ", ".join(_judgement(rule, tables) for rule in rules)
-        query = f"SELECT {selected} FROM clips {' '.join(joins)}{order}"
-        return self._connection.execute(query).fetchall()
+        selected = ", ".join(f"{_judgement(rule, tables)} AS _{n}" for n, rule in enumerate(rules))
+        return self._connection.sql(f"SELECT {selected} FROM clips {' '.join(joins)}{order}")
 
 
 def _sort(
@@ -408,6 +434,21 @@ def _sort(
         )
         for row in answers
     ]
+
+
+def _distinct(
+    rules: Sequence[Rule], answers: pa.Table
+) -> tuple[NDArray[np.int64], list[tuple[list[str], list[str]]]]:
+    """Each row's place among the distinct rows of answers, and what these say."""
+    place = np.zeros(answers.num_rows, np.int64)
+    for n, column in enumerate(answers.columns):
+        answer = column.cast(pa.int8()).fill_null(2).to_numpy()
+        place = place * 3 + answer
+        if n % 32 == 31:  # before 3 ** n leaves 64 bits
+            place = np.unique(place, return_inverse=True)[1]
+    _, first, place = np.unique(place, return_index=True, return_inverse=True)
+    found = answers.take(pa.array(first)).to_pydict().values()
+    return place, _sort(rules, list(zip(*found, strict=True)))
 
 
 _SQL_TYPES = {

@@ -9,25 +9,18 @@ import json
 import uuid
 from dataclasses import dataclass, field
 
-import duckdb
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from tenacity import RetryError
 
-from winnow.operators.errors import ConfigError
-from winnow.operators.operator import Column
-from winnow.pipeline.calibrated import not_calibrated
-from winnow.pipeline.config import DedupConfig, RunConfig
-from winnow.pipeline.lake import Lake, sequence_number
+from winnow.operators.errors import ConfigError, LakeError
+from winnow.pipeline.config import RunConfig
+from winnow.pipeline.decide import decide
+from winnow.pipeline.lake import TABLES, Lake, arrow_schema, sequence_number
 from winnow.pipeline.percentiles import Limit
-from winnow.pipeline.policy import SOURCE_COLUMNS, Evaluator, Policy
+from winnow.pipeline.policy import Policy
 from winnow.pipeline.run import policy_hash
 from winnow.pipeline.views import connect, one_row
-from winnow.pipeline.worker import verdict
-from winnow.stages.dedup import ExactIndex, picture_pixels, resolve
-from winnow.stages.records import Decision
-
-# Bookkeeping of the clips table: everything else there is for rules.
-_SKIPPED = ("source_id", "attempt_id", "operator_versions", "source_seq", "run_id", "uri")
 
 
 @dataclass
@@ -59,53 +52,47 @@ def refilter(
     """
     lake.require()
     config = config or latest_config(lake)
-    dedup = config.stage("dedup")
-    with connect(lake) as connection:
-        table = connection.sql(
-            f"""SELECT * EXCLUDE ({", ".join(_SKIPPED)}), source_seq AS _seq, attempt_id AS _attempt
-            FROM clips_decided ORDER BY source_seq, start_frame, clip_id"""
-        ).to_arrow_table()
-        vectors = _vectors(connection, dedup)
-        with_media = {
-            row[0] for row in connection.execute("SELECT clip_id FROM raw_dataset").fetchall()
-        }
-    decisions, limits = _decide(table, policy, dedup, vectors)
-    clip_ids = table["clip_id"].to_pylist()
+    decisions = decide(lake, policy, config)
+    table = decisions.table
+    keep = pc.equal(table["verdict"], "keep")
+    same = pc.fill_null(pc.equal(table["verdict"], table["old"]), False)
+    counts = table["verdict"].value_counts().to_pylist()
     result = RefilterResult(
         policy.name,
         table.num_rows,
-        limits=limits,
-        not_calibrated=not_calibrated(table, policy.calibration)
-        if not policy.calibration_any_model
-        else [],
+        counts={row["values"]: row["counts"] for row in counts},
+        changed=table.num_rows - (pc.sum(same).as_py() or 0),
+        kept_without_media=pc.sum(pc.and_not(keep, table["has_media"])).as_py() or 0,
+        limits=decisions.limits,
+        not_calibrated=decisions.not_calibrated,
     )
-    rows = []
-    for clip_id, attempt, decision, old in zip(
-        clip_ids,
-        table["_attempt"].to_pylist(),
-        decisions,
-        table["verdict"].to_pylist(),
-        strict=True,
-    ):
-        result.counts[decision.verdict] = result.counts.get(decision.verdict, 0) + 1
-        result.changed += decision.verdict != old
-        result.kept_without_media += decision.verdict == "keep" and clip_id not in with_media
-        rows.append(
-            {
-                "clip_id": clip_id,
-                "attempt_id": attempt,
-                "policy": policy.name,
-                "policy_hash": policy_hash(policy, config),
-                "verdict": decision.verdict,
-                "reasons": list(decision.reasons),
-                "duplicate_of": decision.duplicate_of,
-                "similarity": decision.similarity,
-            }
-        )
-    if not dry_run and rows:
-        seq, decided_by = sequence_number(), f"refilter-{uuid.uuid4().hex[:8]}"
-        lake.append("verdicts", [row | {"seq": seq, "decided_by": decided_by} for row in rows])
+    if not dry_run and table.num_rows:
+        _append(lake, table, policy, policy_hash(policy, config))
     return result
+
+
+def _append(lake: Lake, decided: pa.Table, policy: Policy, hashed: str) -> None:
+    same = {
+        "policy": policy.name, "policy_hash": hashed, "seq": sequence_number(),
+        "decided_by": f"refilter-{uuid.uuid4().hex[:8]}",
+    }  # fmt: skip
+    schema = arrow_schema(TABLES["verdicts"])
+    rows = pa.table(
+        [
+            pa.repeat(pa.scalar(same[f.name], f.type), decided.num_rows)
+            if f.name in same
+            else decided[f.name].cast(f.type)
+            for f in schema
+        ],
+        schema=schema,
+    )
+    try:
+        lake.append_table("verdicts", rows)
+    except RetryError as error:
+        raise LakeError(
+            f"cannot write the verdicts to {lake.uri}: {error.last_attempt.exception()}. Nothing of "
+            "them is there: run again when the storage answers"
+        ) from error
 
 
 def latest_config(lake: Lake) -> RunConfig:
@@ -118,47 +105,3 @@ def latest_config(lake: Lake) -> RunConfig:
     if not row[0]:
         raise ConfigError(f"no run has finished in {lake.uri} yet: finish one with `winnow run`")
     return RunConfig.model_validate(json.loads(str(row[0])))
-
-
-def _vectors(
-    connection: duckdb.DuckDBPyConnection, dedup: DedupConfig | None
-) -> dict[str, np.ndarray]:
-    if dedup is None:
-        return {}
-    rows = connection.execute(
-        "SELECT clip_id, vector FROM embeddings WHERE model = ?", [dedup.embedding]
-    ).fetchall()
-    return {clip_id: np.array(vector, np.float32) for clip_id, vector in rows}
-
-
-def _decide(
-    table: pa.Table, policy: Policy, dedup: DedupConfig | None, vectors: dict[str, np.ndarray]
-) -> tuple[list[Decision], list[Limit]]:
-    names = [n for n in table.schema.names if not n.startswith("_")]
-    source = {column.name for column in SOURCE_COLUMNS}
-    columns = [
-        Column(name, table.schema.field(name).type, "") for name in names if name not in source
-    ]
-    evaluator = Evaluator(policy, columns)
-    judged, limits = evaluator.judge(table, policy.rules)
-    index = ExactIndex()
-    decisions: dict[str, Decision] = {}
-    wanted = ["clip_id", "width", "height", "failure"]
-    wanted += [n for n in ("border_width", "border_height") if n in table.schema.names]
-    for row, (rejecting, undecided) in zip(table.select(wanted).to_pylist(), judged, strict=True):
-        clip_id = row["clip_id"]
-        duplicate_of = similarity = None
-        vector = vectors.get(clip_id)
-        if dedup is not None and vector is not None and not rejecting and not undecided:
-            pixels = picture_pixels(
-                row.get("border_width"), row.get("border_height"), row["width"], row["height"]
-            )
-            outcome = resolve(clip_id, vector, pixels, index, dedup.threshold)
-            duplicate_of, similarity = outcome.duplicate_of, outcome.similarity
-            # As in a run: a better copy that could not be made replaces nothing.
-            for old in outcome.replaces if row["failure"] is None else ():
-                decisions[old.clip_id] = Decision(
-                    "duplicate", ("duplicate",), clip_id, old.similarity
-                )
-        decisions[clip_id] = verdict(rejecting, undecided, row["failure"], duplicate_of, similarity)
-    return [decisions[clip_id] for clip_id in table["clip_id"].to_pylist()], limits

@@ -27,6 +27,7 @@ from winnow.pipeline.plan import Plan
 from winnow.pipeline.planning import check_config, make_plan
 from winnow.pipeline.policy import Policy
 from winnow.pipeline.roster import Roster
+from winnow.pipeline.run_lock import hold_lake
 from winnow.pipeline.storage import FoundFile, Storage
 from winnow.pipeline.views import connect
 from winnow.stages.records import Source
@@ -45,6 +46,7 @@ class Progress:
     """What a run tells while it works: called with (sources finished, sources in all, the source)."""
 
     report: Callable[[int, int, Source | None], None] = lambda done, total, source: None
+    say: Callable[[str], None] = lambda line: None
 
 
 @dataclass
@@ -75,12 +77,15 @@ def run(
     ray_address: str | None = None,
     progress: Progress | None = None,
     options: dict[str, str] | None = None,
+    wait: bool = False,
 ) -> RunResult:
     """Filter the videos under `input_uri` into `lake`.
 
+    One run writes to a lake at a time; with `wait`, another one's end is waited for.
     Raises ConfigError before anything is read where configuration, policy and stages do not fit,
-    and LedgerError where rows went missing.
+    LakeBusy where another run is at work, and LedgerError where rows went missing.
     """
+    progress = progress or Progress()
     if config.engine == "ray":
         from winnow.pipeline.engines.ray import RayEngine
 
@@ -89,10 +94,23 @@ def run(
             check_present(Models.read(config.models), checked.needed_models)
         with RayEngine(ray_address, len(config.stages)) as engine:
             engine.require_gpus(checked)
-            return _run(config, input_uri, lake, engine.run, limit=limit, retry_failed=retry_failed,
-                        progress=progress or Progress(), options=options)  # fmt: skip
-    return _run(config, input_uri, lake, run_inline, limit=limit, retry_failed=retry_failed,
-                progress=progress or Progress(), options=options)  # fmt: skip
+            return _run_alone(config, input_uri, lake, engine.run, wait, limit=limit,
+                              retry_failed=retry_failed, progress=progress, options=options)  # fmt: skip
+    return _run_alone(config, input_uri, lake, run_inline, wait, limit=limit,
+                      retry_failed=retry_failed, progress=progress, options=options)  # fmt: skip
+
+
+def _run_alone(
+    config: RunConfig, input_uri: str, lake: Lake, engine: Engine, wait: bool, **rest: Any
+) -> RunResult:
+    """`_run` while the lake is ours: what it holds is read under the lock, and stays so."""
+    say = rest["progress"].say
+    with hold_lake(lake, f"winnow run --input {input_uri}", wait=wait, told=say) as hold:
+
+        def guarded(plan: Plan, sources: Sequence[Source], roster: Roster) -> Iterator[Source]:
+            return hold.guard(engine(plan, sources, roster))
+
+        return _run(config, input_uri, lake, guarded, **rest)
 
 
 def _run(

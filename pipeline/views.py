@@ -2,9 +2,15 @@
 
 `raw_<table>` are the append-only tables; the views without prefix show each source's latest attempt,
 the clips of committed attempts, the latest verdict of each clip and policy, and the kept clips.
+
+Where `winnow measure` measured a clip later, `clips` shows the operator's newest measurement: all its
+columns together, its error included. `raw_clips` keeps what the run measured, `measurements` the rest.
 """
 
 from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable
 
 import duckdb
 import pyarrow as pa
@@ -24,6 +30,10 @@ VIEWS: dict[str, str] = {
             ORDER BY seq DESC, attempt_id) = 1
           AND (status IN ('done', 'copy')
                OR seq = max(seq) OVER (PARTITION BY uri))""",
+    "backfills": "SELECT * FROM raw_backfills",
+    "measurements": """
+        SELECT * FROM raw_measurements
+        WHERE attempt_id IN (SELECT attempt_id FROM raw_backfills)""",
     "clips": f"SELECT * FROM raw_clips WHERE {_COMMITTED}",
     "embeddings": f"SELECT * FROM raw_embeddings WHERE {_COMMITTED}",
     "captions": f"SELECT * FROM raw_captions WHERE {_COMMITTED}",
@@ -50,6 +60,86 @@ VIEWS: dict[str, str] = {
 }
 
 
+# The measurement of an operator that counts, of each clip.
+_NEWEST = """
+    SELECT * FROM measurements
+    SEMI JOIN (
+        SELECT clip_id, operator, arg_max(attempt_id, seq) AS attempt_id
+        FROM measurements WHERE {condition} GROUP BY clip_id, operator
+    ) newest USING (clip_id, operator, attempt_id)
+    WHERE {condition}"""
+
+_EMBEDDINGS_OVERLAID = f"""
+    SELECT e.* FROM raw_embeddings e
+    LEFT JOIN (
+        SELECT clip_id, attempt_id, unnest(embeddings) AS model
+        FROM ({_NEWEST.format(condition="true")})
+    ) newest USING (clip_id, model)
+    WHERE CASE WHEN newest.clip_id IS NULL THEN e.{_COMMITTED}
+          ELSE e.attempt_id = newest.attempt_id END"""
+
+
+def columns_by_operator(
+    declared: Iterable[tuple[str, Collection[str]]], present: Collection[str]
+) -> dict[str, list[str]]:
+    """The columns of `clips` that belong to each operator measured later, of all its versions.
+
+    `declared` are operators with columns as measured, `present` all columns there are. A column
+    that no measured version declares belongs to the operator with the longest name it starts with:
+    so that what a newer version measures no more is not shown beside the newer version's columns.
+    """
+    owner = {column: operator for operator, columns in declared for column in columns}
+    measured = set(owner.values())
+    known = measured | {name[: -len("_error")] for name in present if name.endswith("_error")}
+    groups: dict[str, list[str]] = {operator: [] for operator in sorted(measured)}
+    for column in present:
+        if column not in owner:
+            fits = [name for name in known if column.startswith(f"{name}_")]
+            owner[column] = max(fits, key=len, default="")
+        if owner[column] in groups:
+            groups[owner[column]].append(column)
+    return groups
+
+
+def _clips_overlaid(
+    declared: Iterable[tuple[str, Collection[str]]], in_clips: list[str], measured: list[str]
+) -> str:
+    """The view `clips` of a lake with measurements."""
+    bookkeeping = {column.name for table in ("clips", "measurements") for column in TABLES[table]}
+    present = [n for n in dict.fromkeys((*in_clips, *measured)) if n not in bookkeeping]
+    replaced, added, joins, versions = [], [], [], []
+    for number, (operator, columns) in enumerate(columns_by_operator(declared, present).items()):
+        m, literal = f"m{number}", _literal(operator)
+        newest = _NEWEST.format(condition=f"operator = {literal}")
+        joins.append(f"LEFT JOIN ({newest}) {m} ON {m}.clip_id = c.clip_id")
+        versions.append(
+            f"CASE WHEN {m}.clip_id IS NOT NULL THEN map {{{literal}: {m}.operator_version}} END"
+        )
+        for column in columns:
+            name = _identifier(column)
+            new = f"{m}.{name}" if column in measured else "NULL"
+            if column in in_clips:
+                replaced.append(
+                    f"CASE WHEN {m}.clip_id IS NULL THEN c.{name} ELSE {new} END AS {name}"
+                )
+            else:  # a backfill has just added it: this connection's `clips` is a moment older
+                added.append(f"{new} AS {name}")
+    all_versions = ", ".join(("c.operator_versions", *versions))
+    replaced.append(f"map_concat({all_versions}) AS operator_versions")
+    return f"""
+        SELECT {", ".join((f"c.* REPLACE ({', '.join(replaced)})", *added))}
+        FROM (SELECT * FROM raw_clips WHERE {_COMMITTED}) c
+        {" ".join(joins)}"""
+
+
+def _identifier(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
 def connect(lake: Lake, *, locked: bool = True) -> duckdb.DuckDBPyConnection:
     """A DuckDB connection with the lake's views.
 
@@ -68,7 +158,7 @@ def connect(lake: Lake, *, locked: bool = True) -> duckdb.DuckDBPyConnection:
             (table, f.name, *(_text(f, key) for key in ("meaning", "unit", "range", "direction")))
             for f in data.schema
         ]
-    for name, query in VIEWS.items():
+    for name, query in _queries(connection).items():
         connection.execute(f"CREATE TEMP VIEW {name} AS {query}")
     docs = ("table_name", "column_name", "meaning", "unit", "range", "direction")
     rows = [dict(zip(docs, row, strict=True)) for row in described]
@@ -80,6 +170,26 @@ def connect(lake: Lake, *, locked: bool = True) -> duckdb.DuckDBPyConnection:
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
     return connection
+
+
+def _queries(connection: duckdb.DuckDBPyConnection) -> dict[str, str]:
+    """The views; a lake where nothing was measured later pays nothing for the possibility."""
+    batches = connection.execute("SELECT DISTINCT operators FROM raw_backfills").fetchall()
+    if not batches:
+        return VIEWS
+    declared = [
+        (operator, tuple(made["columns"]))
+        for (text,) in batches
+        for operator, made in json.loads(text).items()
+    ]
+    names = [
+        [str(row[0]) for row in connection.execute(f"DESCRIBE raw_{table}").fetchall()]
+        for table in ("clips", "measurements")
+    ]
+    return VIEWS | {
+        "clips": _clips_overlaid(declared, *names),
+        "embeddings": _EMBEDDINGS_OVERLAID,
+    }
 
 
 def _text(field: pa.Field, key: str) -> str | None:
