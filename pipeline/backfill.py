@@ -34,7 +34,7 @@ from winnow.pipeline.engines.inline import run_inline
 from winnow.pipeline.lake import Lake, sequence_number
 from winnow.pipeline.models import check_present
 from winnow.pipeline.plan import Placement, Plan
-from winnow.pipeline.planning import _filter, _place
+from winnow.pipeline.planning import make_filter, place
 from winnow.pipeline.policy import Policy, predicate_columns
 from winnow.pipeline.refilter import latest_config
 from winnow.pipeline.reopen import Reopen, SourceFiles
@@ -283,11 +283,11 @@ class _Work:
         """Reopen the sources, and one filter stage. No rule: nothing is decided here."""
         files = SourceFiles(self.options)
         label = stage_label(stage)
-        measuring = _filter(stage, files, Models.read(self.config.models), label)  # type: ignore[arg-type]
+        measuring = make_filter(stage, files, Models.read(self.config.models), label)  # type: ignore[arg-type]
         ingest = self.config.stage("ingest")
         places: tuple[Placement, ...] = (
-            _place(ingest, Reopen(files)),
-            _place(stage, measuring),
+            place(ingest, Reopen(files)),
+            place(stage, measuring),
         )
         return Plan(self.config, Policy(name="measure", rules=()), places)
 

@@ -57,7 +57,7 @@ def make_plan(
     placements: list[Placement] = []
     models = Models.read(config.models)
     for stage in config.stages:
-        placements.append(_place(stage, _construct(stage, policy, files, media, lake, models)))
+        placements.append(place(stage, _construct(stage, policy, files, media, lake, models)))
         if isinstance(stage, IngestConfig):
             placements.append(Placement(Claim(dict(claimed)), isolated=False))
     _measure_ahead(config, placements)
@@ -106,7 +106,7 @@ def check(plan: Plan) -> None:
     Evaluator(plan.policy, plan.clip_columns)
 
 
-def _place(config: Any, stage: Stage) -> Placement:
+def place(config: Any, stage: Stage) -> Placement:
     cores = os.cpu_count() or 1
     if isinstance(config, IngestConfig):
         cores = max(1, cores // 4)  # hashing and probing keep ahead of decoding with less
@@ -127,7 +127,7 @@ def _place(config: Any, stage: Stage) -> Placement:
     )
 
 
-def _filter(config: FilterConfig, files: Storage, models: Models, label: str) -> Stage:
+def make_filter(config: FilterConfig, files: Storage, models: Models, label: str) -> Stage:
     """A filter stage's operators either all measure while a clip is decoded, or all have models."""
     operators = build_operators(config)
     batched = tuple(o for o in operators if isinstance(o, BatchOperator))
@@ -163,7 +163,7 @@ def _construct(
         case SplitConfig():
             return Split(files, config.detector, config.longest_s, config.threads, label)
         case FilterConfig():
-            return _filter(config, files, models, label)
+            return make_filter(config, files, models, label)
         case DedupConfig():
             token = config.index.token
             opener = OpenKeptIndex(

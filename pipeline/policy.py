@@ -476,13 +476,14 @@ def _parameter(value: Any, kind: pa.DataType) -> Any:
 def _judgement(rule: Rule, limits: Mapping[str, str] | None = None) -> str:
     """SQL: true rejects, false does not, NULL cannot say. A `when` that is false settles it.
 
-    `limits` names the table of each percentile rule.
+    A predicate that cannot be computed for a clip, such as a CAST of a text that is no number, is NULL
+    for that clip: it must not take down the run. `limits` names the table of each percentile rule.
     """
     if rule.percentile is not None:
         reject = beyond_limit(rule.percentile, (limits or {})[rule.name])
     else:
-        reject = f"CAST(({rule.reject}\n) AS BOOLEAN)"
+        reject = f"CAST(TRY(({rule.reject}\n)) AS BOOLEAN)"
     if rule.when is None:
         return reject
-    when = f"CAST(({rule.when}\n) AS BOOLEAN)"
+    when = f"CAST(TRY(({rule.when}\n)) AS BOOLEAN)"
     return f"CASE WHEN {when} THEN {reject} WHEN NOT {when} THEN false ELSE NULL END"

@@ -86,3 +86,14 @@ def test_threads_may_ask_at_once():
         answers = list(pool.map(evaluator.rejects, rows))
     for asked, answered in zip(rows, answers, strict=True):
         assert [bool(rejecting) for rejecting, _ in answered] == [row["x"] < 50 for row in asked]
+
+
+def test_a_predicate_that_cannot_be_computed_for_a_clip_is_an_error_of_that_clip():
+    rules = [Rule(name="odd", reject="CAST(b_label AS INTEGER) > 3"),
+             Rule(name="where", reject="a_score < 1", when="CAST(b_label AS INTEGER) > 3")]  # fmt: skip
+    rows = [{"a_score": 0.0, "b_score": 0.0, "b_label": label} for label in ("5", "no number", "1")]
+    expected = [(["odd", "where"], []), ([], ["odd", "where"]), ([], [])]
+    evaluator = Evaluator(policy(*rules), COLUMNS)
+    assert evaluator.rejects(rows) == expected
+    table = pa.Table.from_pylist(rows, pa.schema([(c.name, c.type) for c in COLUMNS]))
+    assert evaluator.judge(table, rules)[0] == expected
