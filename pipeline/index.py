@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from winnow.operators.errors import IndexUnavailable
 from winnow.pipeline.lake import Lake
 from winnow.pipeline.views import connect
-from winnow.stages.dedup import Entry, Neighbour, picture_pixels
+from winnow.stages.dedup import SLACK, Entry, Neighbour, cosine, picture_pixels
 
 NEIGHBOURS = 64
 _BATCH = 1000
@@ -119,20 +119,22 @@ class MilvusIndex:
                 self.collection,
                 data=[vector.tolist()],
                 limit=NEIGHBOURS,
-                output_fields=["clip_id", "pixels", "age"],
-                search_params={"metric_type": "COSINE"},
+                output_fields=["clip_id", "vector", "pixels", "age"],
+                search_params={"metric_type": "COSINE", "params": {"radius": threshold - SLACK}},
                 consistency_level="Strong",
             )
-        found = []
-        for hit in hits:
-            similarity = round(float(hit["distance"]), 6)
-            if similarity >= threshold:
-                # By the entity: where the hit itself keeps the key differs between servers.
-                fields = hit["entity"]
-                found.append(
-                    Neighbour(fields["clip_id"], similarity, fields["pixels"], fields["age"])
-                )
-        return found
+        # By the entity: where the hit itself keeps the key differs between servers.
+        entities = [hit["entity"] for hit in hits]
+        found = [
+            Neighbour(
+                fields["clip_id"],
+                cosine(vector, np.array(fields["vector"], np.float32)),
+                fields["pixels"],
+                fields["age"],
+            )
+            for fields in entities
+        ]
+        return [near for near in found if near.similarity >= threshold]
 
     def nearest(
         self, query: Any, count: int, among: Collection[str] | None = None

@@ -14,12 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from winnow.stages.dedup import Entry, Neighbour, resolve
+from winnow.stages.dedup import SLACK, Entry, Neighbour, cosine, resolve
 
 BLOCK = 1024
 KEPT_BLOCK = 8192
-_SLACK = 1e-5
-"""Matrix products of another shape differ in the last bits: candidates are taken generously."""
 
 
 @dataclass
@@ -85,8 +83,8 @@ class _BlockIndex:
         places = np.concatenate(self.near[self.current])
         places = places[self.kept[places] & (places < self.current)]
         found = []
-        for place, value in zip(places.tolist(), self.vectors[places] @ vector, strict=True):
-            similarity = round(float(value), 6)
+        for place in places.tolist():
+            similarity = cosine(vector, self.vectors[place])
             if similarity >= threshold:
                 self.places[self.ids[place]] = place
                 found.append(Neighbour(self.ids[place], similarity, int(self.pixels[place]), place))
@@ -117,8 +115,8 @@ def _near(
     near: dict[int, list[NDArray[np.int64]]] = {}
     for first in range(0, len(kept), KEPT_BLOCK):
         others = kept[first : first + KEPT_BLOCK]
-        _gather(near, block @ vectors[others].T >= threshold - _SLACK, start, others)
-    within = np.tril(block @ block.T >= threshold - _SLACK, -1)
+        _gather(near, block @ vectors[others].T >= threshold - SLACK, start, others)
+    within = np.tril(block @ block.T >= threshold - SLACK, -1)
     _gather(near, within, start, np.arange(start, end))
     return near
 
@@ -149,7 +147,7 @@ def affected(
             block = vectors[frontier[start : start + BLOCK]]
             for first in range(0, len(vectors), KEPT_BLOCK):
                 others = vectors[first : first + KEPT_BLOCK]
-                hits = (block @ others.T >= threshold - _SLACK).any(axis=0)
+                hits = (block @ others.T >= threshold - SLACK).any(axis=0)
                 reached[first : first + KEPT_BLOCK] |= hits
         frontier = np.flatnonzero(reached & ~before)
     return np.flatnonzero(reached)

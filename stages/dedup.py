@@ -39,8 +39,19 @@ class Neighbour:
     age: int
 
 
+SLACK = 1e-5
+"""An index searches with its own arithmetic: candidates are taken so much below the threshold."""
+
+
+def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    """The cosine similarity that verdicts state: 6 decimals, the same whatever index found the pair."""
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    lengths = float(np.sqrt((a @ a) * (b @ b)))
+    return round(float(a @ b) / lengths, 6) if lengths else 0.0
+
+
 class KeptIndex(Protocol):
-    """The kept clips, searchable by cosine similarity; sees its own writes at once."""
+    """The kept clips, searchable by `cosine`; sees its own writes at once."""
 
     def search(self, vector: NDArray[np.float32], threshold: float) -> Sequence[Neighbour]: ...
 
@@ -89,9 +100,9 @@ class ExactIndex:
             return []
         similarities = self._vectors[: len(self._entries)] @ vector
         found = []
-        for row in np.flatnonzero(similarities >= threshold - 1e-6):
-            entry, similarity = self._entries[row], round(float(similarities[row]), 6)
-            if entry is not None and similarity >= threshold:
+        for row in np.flatnonzero(similarities >= threshold - SLACK):
+            entry = self._entries[row]
+            if entry is not None and (similarity := cosine(vector, entry.vector)) >= threshold:
                 found.append(Neighbour(entry.clip_id, similarity, entry.pixels, entry.age))
         return found
 

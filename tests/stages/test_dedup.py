@@ -3,7 +3,8 @@ import pytest
 
 from winnow.operators.errors import IndexUnavailable
 from winnow.pipeline.index import MilvusIndex
-from winnow.stages.dedup import Entry, ExactIndex, resolve
+from winnow.pipeline.replay import replay
+from winnow.stages.dedup import Entry, ExactIndex, cosine, resolve
 
 
 def vector(*values: float) -> np.ndarray:
@@ -67,6 +68,32 @@ def test_milvus_decides_as_the_exact_index_does(tmp_path):
     assert [(o.duplicate_of, [n.clip_id for n in o.replaces]) for o in exact] == [
         (o.duplicate_of, [n.clip_id for n in o.replaces]) for o in served
     ]
+
+
+def test_every_index_states_the_same_similarity(tmp_path):
+    """Each searches with its own arithmetic: a verdict must not depend on which one it was."""
+    rng = np.random.default_rng(11)
+    base = rng.standard_normal(256).astype(np.float32)
+    near = base + 0.2 * rng.standard_normal((40, 256)).astype(np.float32)
+    vectors = (near / np.linalg.norm(near, axis=1, keepdims=True)).astype(np.float32)
+    exact, milvus = ExactIndex(), MilvusIndex(str(tmp_path / "index.db"), "kept")
+    milvus.open()
+    entries = [Entry(f"{n:02d}", v, 100, n) for n, v in enumerate(vectors[1:])]
+    milvus.add_all(entries)
+    for entry in entries:
+        exact.add(entry)
+    threshold = float(np.median(vectors[1:] @ vectors[0]))
+    found = [
+        sorted((n.clip_id, n.similarity) for n in index.search(vectors[0], threshold))
+        for index in (exact, milvus)
+    ]
+    assert found[0] == found[1]
+    assert 10 < len(found[0]) < 30
+    replayed = replay(
+        [f"{n:02d}" for n in range(2)], vectors[:2], np.full(2, 9), np.zeros(2, bool), 0.5
+    )
+    assert replayed.similarity[1] == cosine(vectors[1], vectors[0])
+    milvus.close()
 
 
 def test_a_server_that_is_not_there_is_named():
