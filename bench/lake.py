@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -169,8 +168,8 @@ def _query(lake: Lake) -> dict[str, Any]:
 
     with connect(lake) as connection:
         rows = connection.execute(
-            """SELECT generator, count(*), avg(motion_mean), median(sharpness_mean)
-            FROM clips JOIN sources USING (attempt_id) GROUP BY 1 ORDER BY 1"""
+            """SELECT generator, verdict, count(*), avg(motion_mean), median(sharpness_mean)
+            FROM clips_decided GROUP BY ALL ORDER BY ALL"""
         ).fetchall()
     return {"groups": len(rows)}
 
@@ -223,14 +222,16 @@ def _step(step: str, lake: Lake) -> None:
     started = time.perf_counter()
     answer = STEPS[step](lake)
     wall = time.perf_counter() - started
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = used.ru_utime + used.ru_stime
+    cpu = time.process_time()
+    # Not ru_maxrss, which begins with what the parent process had.
+    status = Path("/proc/self/status").read_text()
+    peak_kib = int(status.split("VmHWM:")[1].split()[0])
     print(
         json.dumps(
             {
                 "wall_s": round(wall, 2),
                 "cpu_s": round(cpu, 2),
-                "peak_mib": round(used.ru_maxrss / 1024),
+                "peak_mib": round(peak_kib / 1024),
                 **answer,
             }
         )

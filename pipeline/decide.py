@@ -1,8 +1,7 @@
 """Decide over the whole lake from stored scores, for `winnow refilter` and `winnow policy`.
 
 A million clips are decided as columns: the rules by one query of the policy's evaluator, the verdicts
-once for each distinct outcome, dedup by pipeline/replay.py. The queries say the same as the views of
-pipeline/views.py and read only what is needed: no window function over every row.
+once for each distinct outcome, dedup by pipeline/replay.py.
 """
 
 from __future__ import annotations
@@ -41,19 +40,6 @@ _FROM_SOURCE = {
     "variable_frame_rate": "variable_frame_rate", "generator": "generator", "group_key": "group_key",
     "source_duration_s": "duration_s",
 }  # fmt: skip
-
-# The rows of view `sources` that can have clips. The window is over files with several attempts.
-LIVE_SOURCES = """(
-    SELECT * FROM raw_sources
-    WHERE status IN ('done', 'copy') AND attempt_id NOT IN (
-        SELECT attempt_id FROM (
-            SELECT attempt_id, row_number() OVER (
-                PARTITION BY uri, source_id ORDER BY seq DESC, attempt_id) AS _place
-            FROM raw_sources
-            WHERE status IN ('done', 'copy') AND hash(uri, source_id) IN (
-                SELECT hash(uri, source_id) FROM raw_sources WHERE status IN ('done', 'copy')
-                GROUP BY 1 HAVING count(*) > 1))
-        WHERE _place > 1))"""
 
 
 @dataclass
@@ -121,7 +107,7 @@ def _read(
                split_part(c.failure, ':', 1) AS _failed,
                c.clip_id IN (SELECT clip_id FROM raw_dataset) AS _media,
                {", ".join(cells)}
-        FROM clips c JOIN {LIVE_SOURCES} s ON s.attempt_id = c.attempt_id
+        FROM clips c JOIN sources s ON s.attempt_id = c.attempt_id
         LEFT JOIN (
             SELECT clip_id, {latest} FROM raw_verdicts
             WHERE attempt_id IN (SELECT attempt_id FROM raw_sources) GROUP BY clip_id

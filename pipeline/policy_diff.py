@@ -14,7 +14,7 @@ import duckdb
 
 from winnow.operators.errors import ConfigError
 from winnow.pipeline.config import RunConfig
-from winnow.pipeline.decide import LIVE_SOURCES, decide, open_lake
+from winnow.pipeline.decide import decide, open_lake
 from winnow.pipeline.lake import Lake
 from winnow.pipeline.policy import Policy, Rule, load_policy, predicate_columns, rejecting_columns
 from winnow.pipeline.refilter import latest_config
@@ -140,7 +140,7 @@ def _side(
             f"""CREATE TEMP TABLE {table} AS
             SELECT clip_id, arg_max(verdict, seq) AS verdict, arg_max(reasons, seq) AS reasons
             FROM raw_verdicts WHERE policy = ? AND attempt_id IN (SELECT attempt_id FROM raw_sources)
-              AND clip_id IN (SELECT c.clip_id FROM raw_clips c JOIN {LIVE_SOURCES} s USING (attempt_id))
+              AND clip_id IN (SELECT clip_id FROM clips)
             GROUP BY clip_id""",
             [name],
         )
@@ -219,10 +219,10 @@ def _examples(
         ).fetchall()
     }
     rows = connection.sql(
-        f"""SELECT * EXCLUDE (attempt_id, uri), s.uri AS _uri, p.* EXCLUDE (clip_id)
-        FROM (SELECT * FROM raw_clips WHERE clip_id IN (SELECT clip_id FROM shown)) c
+        """SELECT * EXCLUDE (attempt_id, uri), s.uri AS _uri, p.* EXCLUDE (clip_id)
+        FROM (SELECT * FROM clips WHERE clip_id IN (SELECT clip_id FROM shown)) c
         JOIN (SELECT attempt_id, uri, fps, width, height, variable_frame_rate, prompt, generator,
-                     seed, group_key, duration_s AS source_duration_s FROM {LIVE_SOURCES}) s
+                     seed, group_key, duration_s AS source_duration_s FROM sources) s
           USING (attempt_id)
         JOIN shown p USING (clip_id) ORDER BY before, after, clip_id"""
     ).to_arrow_table()

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from winnow.operators.errors import ConfigError
-from winnow.pipeline.decide import LIVE_SOURCES, declared_columns, open_lake
+from winnow.pipeline.decide import declared_columns, open_lake
 from winnow.pipeline.lake import Lake
 from winnow.pipeline.policy import Evaluator, Policy, Rule
 
@@ -206,8 +206,8 @@ def _labelled(
                            "good": pa.array(list(labels.values()), pa.bool_())})
     )  # fmt: skip
     connection.execute(
-        f"""CREATE TEMP TABLE labelled AS
-        WITH held AS (SELECT c.clip_id, s.uri FROM raw_clips c JOIN {LIVE_SOURCES} s USING (attempt_id))
+        """CREATE TEMP TABLE labelled AS
+        WITH held AS (SELECT c.clip_id, s.uri FROM clips c JOIN sources s USING (attempt_id))
         SELECT h.clip_id, bool_and(g.good) AS good, bool_or(g.good) AS also, list(g.name) AS names
         FROM held h JOIN given g ON g.name = h.clip_id OR g.name = h.uri GROUP BY h.clip_id"""
     )
@@ -218,9 +218,7 @@ def _labelled(
     if not known:
         raise ConfigError("none of the labels belongs to a clip of this lake")
     ((good,),) = connection.execute("SELECT count(*) FILTER (good) FROM labelled").fetchall()
-    ((total,),) = connection.execute(
-        f"SELECT count(*) FROM raw_clips WHERE attempt_id IN (SELECT attempt_id FROM {LIVE_SOURCES})"
-    ).fetchall()
+    ((total,),) = connection.execute("SELECT count(*) FROM clips").fetchall()
     return good, [name for name in labels if name not in known], total
 
 

@@ -10,7 +10,7 @@ columns together, its error included. `raw_clips` keeps what the run measured, `
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import duckdb
 import pyarrow as pa
@@ -20,44 +20,64 @@ from winnow.pipeline.lake import TABLES, Lake, arrow_schema
 
 _COMMITTED = "attempt_id IN (SELECT attempt_id FROM sources)"
 
-VIEWS: dict[str, str] = {
-    # A source that failed or was incomplete is superseded by any later row of the same uri; a done
-    # one only by the same content, because a file may be overwritten by another generation.
-    "sources": """
-        SELECT * FROM raw_sources
-        QUALIFY row_number() OVER (
+# A source that failed or was incomplete is superseded by any later row of the same uri; a done one
+# only by the same content, because a file may be overwritten by another generation. Only files that
+# have several rows can be: a window over a million rows that have no rival costs seconds.
+_SUPERSEDED = """
+    SELECT attempt_id FROM raw_sources WHERE hash(uri) IN (
+        SELECT hash(uri) FROM raw_sources GROUP BY 1 HAVING count(*) > 1)
+    QUALIFY row_number() OVER (
             PARTITION BY uri, CASE WHEN status IN ('done', 'copy') THEN source_id END
-            ORDER BY seq DESC, attempt_id) = 1
-          AND (status IN ('done', 'copy')
-               OR seq = max(seq) OVER (PARTITION BY uri))""",
-    "backfills": "SELECT * FROM raw_backfills",
-    "measurements": """
-        SELECT * FROM raw_measurements
-        WHERE attempt_id IN (SELECT attempt_id FROM raw_backfills)""",
-    "clips": f"SELECT * FROM raw_clips WHERE {_COMMITTED}",
-    "embeddings": f"SELECT * FROM raw_embeddings WHERE {_COMMITTED}",
-    "captions": f"SELECT * FROM raw_captions WHERE {_COMMITTED}",
-    "verdicts": """
-        SELECT * FROM raw_verdicts
+            ORDER BY seq DESC, attempt_id) > 1
+       OR (status NOT IN ('done', 'copy') AND seq < max(seq) OVER (PARTITION BY uri))"""
+
+
+def _newest_verdicts(key: Sequence[str], columns: Iterable[str]) -> str:
+    """The latest verdict of each `key`. Aggregates, of which DuckDB computes what is asked for."""
+    cells = (
+        _identifier(name)
+        if name in key
+        else "max(seq) AS seq"
+        if name == "seq"
+        else f"arg_max_null({_identifier(name)}, seq) AS {_identifier(name)}"
+        for name in columns
+    )
+    return f"""
+        SELECT {", ".join(cells)} FROM raw_verdicts
         WHERE attempt_id IN (SELECT attempt_id FROM raw_sources)
-          AND clip_id IN (SELECT clip_id FROM clips)
-        QUALIFY row_number() OVER (PARTITION BY clip_id, policy ORDER BY seq DESC) = 1""",
-    "latest_verdicts": """
-        SELECT * FROM verdicts
-        QUALIFY row_number() OVER (PARTITION BY clip_id ORDER BY seq DESC) = 1""",
-    "dataset": f"""
-        SELECT d.* FROM raw_dataset d
-        JOIN verdicts v ON v.clip_id = d.clip_id AND v.policy = d.policy AND v.verdict = 'keep'
-        WHERE d.{_COMMITTED}""",
-    "clips_decided": """
-        SELECT c.*, s.uri, s.fps, s.width, s.height, s.variable_frame_rate, s.prompt, s.generator,
-               s.seed, s.group_key, s.duration_s AS source_duration_s, s.seq AS source_seq, s.run_id,
-               v.policy, v.verdict, v.reasons, v.duplicate_of, v.similarity
-        FROM clips c
-        JOIN sources s USING (attempt_id)
-        LEFT JOIN latest_verdicts v USING (clip_id)""",
-    "runs": "SELECT * FROM raw_runs",
-}
+        GROUP BY {", ".join(key)}"""
+
+
+def _views(sources: str, clips: str, embeddings: str, verdicts: Collection[str]) -> dict[str, str]:
+    """By name, in the order of creation. `clips` are those of all attempts, committed or not."""
+    of_policy = _newest_verdicts(("clip_id", "policy"), verdicts)
+    of_clip = _newest_verdicts(("clip_id",), verdicts)
+    return {
+        "sources": sources,
+        "backfills": "SELECT * FROM raw_backfills",
+        "measurements": """
+            SELECT * FROM raw_measurements
+            WHERE attempt_id IN (SELECT attempt_id FROM raw_backfills)""",
+        "clips": f"SELECT * FROM ({clips}) WHERE {_COMMITTED}",
+        "embeddings": embeddings,
+        "captions": f"SELECT * FROM raw_captions WHERE {_COMMITTED}",
+        "verdicts": f"SELECT * FROM ({of_policy}) SEMI JOIN clips USING (clip_id)",
+        "latest_verdicts": f"SELECT * FROM ({of_clip}) SEMI JOIN clips USING (clip_id)",
+        "dataset": f"""
+            SELECT d.* FROM raw_dataset d
+            JOIN ({of_policy}) v
+              ON v.clip_id = d.clip_id AND v.policy = d.policy AND v.verdict = 'keep'
+            WHERE d.{_COMMITTED}""",
+        "clips_decided": f"""
+            SELECT c.*, s.uri, s.fps, s.width, s.height, s.variable_frame_rate, s.prompt,
+                   s.generator, s.seed, s.group_key, s.duration_s AS source_duration_s,
+                   s.seq AS source_seq, s.run_id,
+                   v.policy, v.verdict, v.reasons, v.duplicate_of, v.similarity
+            FROM ({clips}) c
+            JOIN sources s USING (attempt_id)
+            LEFT JOIN ({of_clip}) v USING (clip_id)""",
+        "runs": "SELECT * FROM raw_runs",
+    }
 
 
 # The measurement of an operator that counts, of each clip.
@@ -104,7 +124,7 @@ def columns_by_operator(
 def _clips_overlaid(
     declared: Iterable[tuple[str, Collection[str]]], in_clips: list[str], measured: list[str]
 ) -> str:
-    """The view `clips` of a lake with measurements."""
+    """The clips of a lake with measurements, of all attempts."""
     bookkeeping = {column.name for table in ("clips", "measurements") for column in TABLES[table]}
     present = [n for n in dict.fromkeys((*in_clips, *measured)) if n not in bookkeeping]
     replaced, added, joins, versions = [], [], [], []
@@ -128,7 +148,7 @@ def _clips_overlaid(
     replaced.append(f"map_concat({all_versions}) AS operator_versions")
     return f"""
         SELECT {", ".join((f"c.* REPLACE ({', '.join(replaced)})", *added))}
-        FROM (SELECT * FROM raw_clips WHERE {_COMMITTED}) c
+        FROM raw_clips c
         {" ".join(joins)}"""
 
 
@@ -173,23 +193,34 @@ def connect(lake: Lake, *, locked: bool = True) -> duckdb.DuckDBPyConnection:
 
 
 def _queries(connection: duckdb.DuckDBPyConnection) -> dict[str, str]:
-    """The views; a lake where nothing was measured later pays nothing for the possibility."""
+    """The views, each as cheap as this lake allows.
+
+    A lake where no source was superseded, and nothing measured later, pays nothing for the
+    possibility.
+    """
+    rows, uris = one_row(connection, "SELECT count(*), count(DISTINCT hash(uri)) FROM raw_sources")
+    sources = "SELECT * FROM raw_sources"
+    if rows != uris:
+        connection.execute(f"CREATE TEMP TABLE superseded AS {_SUPERSEDED}")
+        sources += " WHERE attempt_id NOT IN (SELECT attempt_id FROM superseded)"
+    clips = "SELECT * FROM raw_clips"
+    embeddings = f"SELECT * FROM raw_embeddings WHERE {_COMMITTED}"
     batches = connection.execute("SELECT DISTINCT operators FROM raw_backfills").fetchall()
-    if not batches:
-        return VIEWS
-    declared = [
-        (operator, tuple(made["columns"]))
-        for (text,) in batches
-        for operator, made in json.loads(text).items()
-    ]
-    names = [
-        [str(row[0]) for row in connection.execute(f"DESCRIBE raw_{table}").fetchall()]
-        for table in ("clips", "measurements")
-    ]
-    return VIEWS | {
-        "clips": _clips_overlaid(declared, *names),
-        "embeddings": _EMBEDDINGS_OVERLAID,
-    }
+    if batches:
+        declared = [
+            (operator, tuple(made["columns"]))
+            for (text,) in batches
+            for operator, made in json.loads(text).items()
+        ]
+        clips = _clips_overlaid(
+            declared, *(_columns(connection, f"raw_{t}") for t in ("clips", "measurements"))
+        )
+        embeddings = _EMBEDDINGS_OVERLAID
+    return _views(sources, clips, embeddings, _columns(connection, "raw_verdicts"))
+
+
+def _columns(connection: duckdb.DuckDBPyConnection, table: str) -> list[str]:
+    return [str(row[0]) for row in connection.execute(f"DESCRIBE {table}").fetchall()]
 
 
 def _text(field: pa.Field, key: str) -> str | None:
