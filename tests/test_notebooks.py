@@ -71,8 +71,8 @@ def test_the_pair_says_the_same_and_holds_no_outputs():
     assert not any(cell.outputs or cell.execution_count for cell in code)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_the_notebook_runs_in_jupyter_and_shows_tables_and_pictures(lake, tmp_path, monkeypatch):
+def in_jupyter(lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list:
+    """The outputs of the notebook's cells; none of them went to stderr."""
     monkeypatch.setenv("WINNOW_LAKE", lake.uri)
     for variable in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR"):
         monkeypatch.setenv(variable, str(tmp_path / variable))
@@ -81,6 +81,12 @@ def test_the_notebook_runs_in_jupyter_and_shows_tables_and_pictures(lake, tmp_pa
     NotebookClient(notebook, timeout=120, kernel_name="python3", resources=folder).execute()
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", ())]
     assert not [o.text for o in outputs if o.output_type == "stream" and o.name == "stderr"]
+    return outputs
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_notebook_runs_in_jupyter_and_shows_tables_and_pictures(lake, tmp_path, monkeypatch):
+    outputs = in_jupyter(lake, tmp_path, monkeypatch)
     pages = "".join(o.data.get("text/html", "") for o in outputs if "data" in o)
     assert "&lt;i&gt;empty.mp4" in pages
     assert "<i>" not in pages
