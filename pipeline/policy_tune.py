@@ -352,7 +352,7 @@ def as_text(tuning: Tuning) -> str:
         said = (
             f"no threshold reaches it; now {t.now:g} {counts}"
             if t.then is None
-            else f"{t.column} {t.side} {t.then:.17g} (now {t.now:g}): {counts}"
+            else f"{t.column} {t.side} {t.then!r} (now {t.now:g}): {counts}"
         )
         lines.append(f"{t.rule}: {said if t.then is not None else f'{t.column} {t.side}: {said}'}")
     if tuning.not_tunable:

@@ -22,7 +22,10 @@ from winnow.pipeline.views import connect
 SHOWN_ROWS = 200
 
 
-VIEWS_TOLD = "sources, clips, verdicts, dataset, embeddings, captions, runs, clips_decided"
+VIEWS_TOLD = (
+    "sources, clips, verdicts, latest_verdicts, dataset, embeddings, captions, measurements, backfills, "
+    "runs, clips_decided"
+)
 _NAME = re.compile(r"([A-Za-z_]\w*)=(.+)", re.DOTALL)
 _RESERVED = {"memory", "main", "temp", "system", "pg_catalog", "information_schema"}
 _SCHEMA = pa.schema(

@@ -57,7 +57,7 @@ def sql(
     ] = None,
     storage_option: StorageOption = None,
 ) -> None:
-    """Query a lake or several: sources, clips, verdicts, dataset, embeddings, runs, clips_decided."""
+    """Query a lake or several by SQL; --describe lists the views and their columns."""
     from winnow.operators.errors import ConfigError
     from winnow.pipeline.cli import _lake, _pairs
     from winnow.pipeline.query import named_lakes, write_description, write_query
