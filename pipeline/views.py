@@ -51,8 +51,8 @@ VIEWS: dict[str, str] = {
         WHERE d.{_COMMITTED}""",
     "clips_decided": """
         SELECT c.*, s.uri, s.fps, s.width, s.height, s.variable_frame_rate, s.prompt, s.generator,
-               s.seed, s.group_key, s.duration_s AS source_duration_s, s.seq AS source_seq, s.run_id,
-               v.policy, v.verdict, v.reasons, v.duplicate_of, v.similarity
+               s.input_uri, s.seed, s.group_key, s.duration_s AS source_duration_s,
+               s.seq AS source_seq, s.run_id, v.policy, v.verdict, v.reasons, v.duplicate_of, v.similarity
         FROM clips c
         JOIN sources s USING (attempt_id)
         LEFT JOIN latest_verdicts v USING (clip_id)""",
