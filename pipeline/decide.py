@@ -122,7 +122,7 @@ def _read(
         for name in names
     ]  # fmt: skip
     if policy.needs_inputs:
-        cells += ["c.source_id AS _source", "c.start_s AS _start", "c.end_s AS _end"]
+        cells += ["c.start_s AS _start", "c.end_s AS _end"]
     latest = ", ".join(f'arg_max_null("{n}", seq) AS "{n}"' for n in {*decided, "verdict"})
     return connection.sql(
         f"""SELECT c.clip_id AS _clip_id, c.attempt_id AS _attempt, v.verdict AS _old,

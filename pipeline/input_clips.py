@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from winnow.pipeline.ratios import ABSENT, AMBIGUOUS
 
-NEEDED = ("_attempt", "_source", "_start", "_end")
-"""Columns of the clips: their attempt, the content they were cut from, and their span in seconds."""
+NEEDED = ("_attempt", "_start", "_end")
+"""Columns of the clips: their attempt, and their span in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,30 +68,44 @@ def find_input_clips(
 ) -> InputClips:
     """The counterparts of `clips`, which are all of the lake, with the columns of NEEDED.
 
-    `sources` is SQL for the sources that can have clips. Makes temporary tables.
+    `sources` is SQL for the sources that can have clips.
     """
-    _match_sources(connection, sources)
+    connection.execute(
+        f"""CREATE OR REPLACE TEMP TABLE _live AS
+        SELECT attempt_id, source_id, uri, input_uri FROM {sources}"""
+    )
+    _match_sources(connection)
     place = pa.array(np.arange(clips.num_rows, dtype=np.int64))
     connection.register("_clips", clips.select(list(NEEDED)).append_column("_place", place))
     try:
-        named = connection.sql(
-            """SELECT c._place, CASE WHEN m.attempt_id IS NULL THEN 'not_found'
-                   WHEN m.content IS NULL THEN 'ambiguous'
-                   WHEN h._source IS NULL THEN 'not_found' ELSE 'found' END AS state
+        connection.execute(
+            """CREATE OR REPLACE TEMP TABLE _named AS
+            SELECT c._place, c._start, c._end, m.content, m.attempt_id IS NOT NULL AS matched
             FROM _clips c JOIN _open o ON o.attempt_id = c._attempt
-            LEFT JOIN _matched m ON m.attempt_id = c._attempt
-            LEFT JOIN (SELECT DISTINCT _source FROM _clips
-                       WHERE _source IN (SELECT content FROM _matched)) h ON h._source = m.content"""
-        ).to_arrow_table()
-        pairs = connection.sql(
-            """SELECT g._place AS ours, t._place AS theirs, t._start AS start,
-                      least(g._end, t._end) - greatest(g._start, t._start) AS common
-            FROM (SELECT c.*, m.content FROM _clips c JOIN _matched m ON m.attempt_id = c._attempt) g
-            JOIN (FROM _clips WHERE _source IN (SELECT content FROM _matched)) t
-              ON t._source = g.content AND t._start < g._end AND g._start < t._end"""
-        ).to_arrow_table()
+            LEFT JOIN _matched m ON m.attempt_id = c._attempt"""
+        )
+        connection.execute(
+            """CREATE OR REPLACE TEMP TABLE _theirs AS
+            SELECT c._place, c._start, c._end, s.source_id FROM _clips c
+            JOIN (FROM _live WHERE source_id IN (SELECT content FROM _matched)) s
+              ON s.attempt_id = c._attempt"""
+        )
     finally:
         connection.unregister("_clips")
+    example = _example(connection)
+    _drop(connection, "_live", "_open", "_matched")
+    named = connection.sql(
+        """SELECT _place, CASE WHEN NOT matched THEN 'not_found' WHEN content IS NULL THEN 'ambiguous'
+               WHEN content IN (SELECT source_id FROM _theirs) THEN 'found' ELSE 'not_found' END AS state
+        FROM _named"""
+    ).to_arrow_table()
+    pairs = connection.sql(
+        """SELECT n._place AS ours, t._place AS theirs, t._start AS start,
+                  least(n._end, t._end) - greatest(n._start, t._start) AS common
+        FROM _named n JOIN _theirs t
+          ON t.source_id = n.content AND t._start < n._end AND n._start < t._end"""
+    ).to_arrow_table()
+    _drop(connection, "_named", "_theirs")
     row = np.full(clips.num_rows, ABSENT, np.int64)
     ambiguous = named.filter(pc.equal(named["state"], "ambiguous"))["_place"].to_numpy()
     row[ambiguous] = AMBIGUOUS
@@ -108,8 +122,14 @@ def find_input_clips(
         not_found=counts.get("not_found", 0),
         no_overlap=counts.get("found", 0) - len(best),
         ambiguous=len(ambiguous),
-        example=_example(connection, sources) if len(ambiguous) else None,
+        example=example,
     )
+
+
+def _drop(connection: duckdb.DuckDBPyConnection, *tables: str) -> None:
+    """Of a large lake they are a good part of the memory that deciding may take."""
+    for table in tables:
+        connection.execute(f"DROP TABLE {table}")
 
 
 def normal_path(named: str) -> str:
@@ -120,59 +140,62 @@ def normal_path(named: str) -> str:
     return "/" * named.startswith("/") + posixpath.normpath(named).lstrip("/")
 
 
-def _match_sources(connection: duckdb.DuckDBPyConnection, sources: str) -> None:
+_REST = "path[3 * up + 1:]"
+
+
+def _match_sources(connection: duckdb.DuckDBPyConnection) -> None:
     """Make `_matched`: by attempt the content of its input; NULL where several fit.
 
     Three ways, each for what the one before left open, and each an equality of texts: however many
     sources share a file name, they are not compared with each other.
     """
-    _read_names(connection, sources)
+    _read_names(connection)
     connection.execute(
         """CREATE OR REPLACE TEMP TABLE _matched
         (attempt_id VARCHAR, content VARCHAR, low VARCHAR, high VARCHAR)"""
     )
-    addresses = f"SELECT uri AS key, source_id FROM {sources}"
+    addresses = "SELECT uri AS key, source_id FROM _live"
     _match(connection, "SELECT attempt_id, source_id, path AS key FROM _open", addresses)
-    beside = """
+    beside = f"""
         SELECT attempt_id, source_id,
-               array_to_string(folder[:len(folder) - up], '/') || '/' || rest AS key
+               array_to_string(folder[:len(folder) - up], '/') || '/' || {_REST} AS key
         FROM (SELECT *, string_split(uri, '/')[:-2] AS folder FROM _open WHERE up IS NOT NULL)
         WHERE up < len(folder)"""
     _match(connection, beside, addresses)
     # The last segments of an address, as many as any path has; not all of them: that is no ending.
     endings = f"""
         SELECT array_to_string(parts[len(parts) - length + 1:], '/') AS key, source_id
-        FROM (SELECT source_id, string_split(uri, '/') AS parts FROM {sources}
-              WHERE split_part(uri, '/', -1) IN (SELECT split_part(rest, '/', -1) FROM _open)) s,
-             (SELECT DISTINCT len(string_split(rest, '/')) AS length FROM _open
+        FROM (SELECT source_id, string_split(uri, '/') AS parts FROM _live
+              WHERE split_part(uri, '/', -1) IN (SELECT split_part(path, '/', -1) FROM _open)) s,
+             (SELECT DISTINCT len(string_split({_REST}, '/')) AS length FROM _open
               WHERE up IS NOT NULL) lengths
         WHERE length < len(parts)"""
-    relative = "SELECT attempt_id, source_id, rest AS key FROM _open WHERE up IS NOT NULL"
+    relative = f"SELECT attempt_id, source_id, {_REST} AS key FROM _open WHERE up IS NOT NULL"
     _match(connection, relative, endings)
 
 
-def _read_names(connection: duckdb.DuckDBPyConnection, sources: str) -> None:
+def _read_names(connection: duckdb.DuckDBPyConnection) -> None:
     """Make `_open`: the sources that name an input, and how.
 
-    `path` is the input's; where that is relative, `rest` is what follows the `up` steps out of a
-    folder that it begins with.
+    `path` is the input's; where that is relative, it begins with `up` steps out of a folder, `../`.
     """
     irregular = connection.execute(
-        rf"""SELECT DISTINCT input_uri FROM {sources} WHERE starts_with(input_uri, 'file://')
-        OR (NOT contains(input_uri, '://') AND regexp_matches(input_uri, '(^|/)\.\.?(/|$)|//'))"""
+        """SELECT DISTINCT input_uri FROM _live WHERE starts_with(input_uri, 'file://')
+        OR (NOT contains(input_uri, '://') AND (contains(input_uri, '//')
+            OR contains('/' || input_uri || '/', '/./') OR contains('/' || input_uri || '/', '/../')))"""
     ).fetchall()
     paths = pa.table({"named": pa.array([n for (n,) in irregular], pa.string()),
                       "path": pa.array([normal_path(n) for (n,) in irregular], pa.string())})  # fmt: skip
     connection.register("_normal", paths)
     connection.execute(
-        rf"""CREATE OR REPLACE TEMP TABLE _open AS
-        SELECT attempt_id, source_id, uri, input_uri, path, length(climbs) // 3 AS up,
-               path[length(climbs) + 1:] AS rest
+        r"""CREATE OR REPLACE TEMP TABLE _open AS
+        SELECT attempt_id, source_id, uri, path, length(climbs) // 3 AS up
         FROM (SELECT *, CASE WHEN NOT starts_with(path, '/') AND NOT contains(path, '://')
-                             THEN regexp_extract(path, '^(\.\./)*') END AS climbs
-              FROM (SELECT s.attempt_id, s.source_id, s.uri, s.input_uri,
+                             THEN CASE WHEN starts_with(path, '../')
+                             THEN regexp_extract(path, '^(\.\./)*') ELSE '' END END AS climbs
+              FROM (SELECT s.attempt_id, s.source_id, s.uri,
                            coalesce(n.path, s.input_uri) AS path
-                    FROM {sources} s LEFT JOIN _normal n ON n.named = s.input_uri
+                    FROM _live s LEFT JOIN _normal n ON n.named = s.input_uri
                     WHERE s.input_uri IS NOT NULL))"""
     )
     connection.unregister("_normal")
@@ -197,16 +220,17 @@ def _match(connection: duckdb.DuckDBPyConnection, wanted: str, known: str) -> No
     )
 
 
-def _example(
-    connection: duckdb.DuckDBPyConnection, sources: str
-) -> tuple[str, str, tuple[str, ...]]:
+def _example(connection: duckdb.DuckDBPyConnection) -> tuple[str, str, tuple[str, ...]] | None:
     """The first, by its address, of those that several sources fit."""
-    uri, named, own, low, high = connection.execute(
-        """SELECT o.uri, o.input_uri, o.source_id, low, high FROM _matched JOIN _open o USING (attempt_id)
-        WHERE content IS NULL ORDER BY o.uri, attempt_id LIMIT 1"""
-    ).fetchall()[0]
+    rows = connection.execute(
+        """SELECT l.uri, l.input_uri, l.source_id, low, high FROM _matched JOIN _live l USING (attempt_id)
+        WHERE content IS NULL ORDER BY l.uri, attempt_id LIMIT 1"""
+    ).fetchall()
+    if not rows:
+        return None
+    uri, named, own, low, high = rows[0]
     fits = connection.execute(
-        f"""SELECT min(uri) FROM {sources} WHERE source_id IN (?, ?) AND source_id <> ?
+        """SELECT min(uri) FROM _live WHERE source_id IN (?, ?) AND source_id <> ?
         GROUP BY source_id ORDER BY 1""",
         [low, high, own],
     ).fetchall()

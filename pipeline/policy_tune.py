@@ -164,7 +164,7 @@ def tune(
         whole_lake = "" if policy.needs_population else "WHERE l.good IS NOT NULL"
         cells = "".join(f', d."{name}"' for name in reads)
         if policy.needs_inputs:
-            cells += ", d.attempt_id AS _attempt, d.source_id AS _source, d.start_s AS _start, d.end_s AS _end"
+            cells += ", d.attempt_id AS _attempt, d.start_s AS _start, d.end_s AS _end"
         table = connection.sql(
             f"""SELECT l.good AS _good{cells} FROM clips_decided d
             LEFT JOIN labelled l USING (clip_id) {whole_lake} ORDER BY d.clip_id"""

@@ -223,7 +223,7 @@ def paired(sources, clips):
     }))  # fmt: skip
     at = {s[0]: n for n, s in enumerate(sources)}
     table = pa.table({
-        "_attempt": [f"a{at[c[0]]}" for c in clips], "_source": [sources[at[c[0]]][1] for c in clips],
+        "_attempt": [f"a{at[c[0]]}" for c in clips],
         "_start": [float(c[1]) for c in clips], "_end": [float(c[2]) for c in clips],
     })  # fmt: skip
     found = find_input_clips(connection, table, "s")
