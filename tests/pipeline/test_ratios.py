@@ -468,3 +468,16 @@ def test_an_input_that_another_content_fits_as_well_is_not_judged(compared, tran
     assert found.inputs.ambiguous == 1
     assert found.inputs.example[1] == "assets/b.mp4"
     assert verdicts(own)["slow.mp4"] == ("error", ["lost_motion"])
+
+
+def test_a_predicate_may_read_the_input_in_a_run_and_afterwards(transfers, tmp_path):
+    path = tmp_path / "named.yaml"
+    path.write_text(
+        "name: named\nrules:\n- {name: of_b, reject: \"input_uri = 'assets/b.mp4'\", "
+        "when: input_uri IS NOT NULL}\n"
+    )
+    own = Lake(str(tmp_path / "lake"))
+    run(config(f"policy={path}", "stages.dedup.threshold=1.0"), str(transfers), own)
+    found = verdicts(own)
+    assert [name for name, (verdict, _) in found.items() if verdict == "reject"] == ["slow.mp4"]
+    assert refilter(own, load_policy(str(path)), dry_run=True).changed == 0
