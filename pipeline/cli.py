@@ -188,6 +188,7 @@ def refilter(
                 "kept_without_media": result.kept_without_media,
                 "limits": [asdict(limit) for limit in result.limits],
                 "not_calibrated": result.not_calibrated,
+                "inputs": None if result.inputs is None else result.inputs.as_dict(),
                 "written": not dry_run,
             }
         )
@@ -196,6 +197,8 @@ def refilter(
     say(f"policy {result.policy}: clips {result.clips} = {counts}; {result.changed} changed")
     for line in (*map(str, result.limits), *result.not_calibrated):
         say(line)
+    if result.inputs is not None:
+        say(str(result.inputs))
     if result.kept_without_media:
         say(
             f"{result.kept_without_media} of the kept clips have no media yet, so they are not in "

@@ -20,6 +20,7 @@ from winnow.operators.errors import LakeError
 from winnow.operators.operator import Column
 from winnow.pipeline.calibrated import not_calibrated
 from winnow.pipeline.config import DedupConfig, RunConfig
+from winnow.pipeline.input_clips import InputClips, find_input_clips
 from winnow.pipeline.lake import Lake
 from winnow.pipeline.percentiles import Limit
 from winnow.pipeline.policy import SOURCE_COLUMNS, Evaluator, Judged, Policy
@@ -38,7 +39,7 @@ _DECIDED = ("policy", "verdict", "reasons", "duplicate_of", "similarity")
 _FROM_SOURCE = {
     "fps": "fps", "width": "width", "height": "height", "prompt": "prompt", "seed": "seed",
     "variable_frame_rate": "variable_frame_rate", "generator": "generator", "group_key": "group_key",
-    "source_duration_s": "duration_s",
+    "source_duration_s": "duration_s", "input_uri": "input_uri",
 }  # fmt: skip
 
 
@@ -51,6 +52,8 @@ class Decisions:
     before, and `has_media`."""
     limits: list[Limit]
     not_calibrated: list[str]
+    inputs: InputClips | None
+    """Which clips the policy's ratio rules compared; None where it has none."""
 
 
 def decide(lake: Lake, policy: Policy, config: RunConfig) -> Decisions:
@@ -60,13 +63,16 @@ def decide(lake: Lake, policy: Policy, config: RunConfig) -> Decisions:
         declared = declared_columns(connection)
         evaluator = Evaluator(policy, declared, threads=os.cpu_count() or 1)
         table = _read(connection, policy, evaluator, [c.name for c in declared])
-        judged = evaluator.judge_all(table, policy.rules)
+        inputs = None
+        if policy.needs_inputs:
+            inputs = find_input_clips(connection, table)
+        judged = evaluator.judge_all(table, policy.rules, None if inputs is None else inputs.row)
         passed = np.array([not a and not b for a, b in judged.outcomes], np.bool_)
         duplicates = Duplicates.none(table.num_rows)
         if dedup is not None:
             duplicates = _deduplicate(connection, table, passed[judged.outcome], dedup)
     without = [] if policy.calibration_any_model else not_calibrated(table, policy.calibration)
-    return Decisions(_verdicts(table, judged, duplicates), judged.limits, without)
+    return Decisions(_verdicts(table, judged, duplicates), judged.limits, without, inputs)
 
 
 def open_lake(lake: Lake) -> duckdb.DuckDBPyConnection:
@@ -101,6 +107,8 @@ def _read(
         else f'c."{name}"'
         for name in names
     ]  # fmt: skip
+    if policy.needs_inputs:
+        cells += ["c.start_s AS _start", "c.end_s AS _end"]
     latest = ", ".join(f'arg_max_null("{n}", seq) AS "{n}"' for n in {*decided, "verdict"})
     return connection.sql(
         f"""SELECT c.clip_id AS _clip_id, c.attempt_id AS _attempt, v.verdict AS _old,

@@ -4,7 +4,8 @@ One evaluator (DuckDB) decides inside a run, after every stage, and in `winnow r
 rejects where its predicate is true. Where it is NULL the clip's verdict is `error`, not `reject`: a
 measure that failed is no low score. A rejected clip lists every rule that rejects it; a clip that no
 rule rejects but some rule cannot judge is an error and lists those. A percentile rule rejects by the
-clip's place among all clips of the lake: only refilter knows it, so a run leaves such a rule open.
+clip's place among all clips of the lake, a ratio rule by its score against its input video's: only
+refilter knows the whole lake, so a run leaves such rules open.
 
 A policy may name a calibration of the critic; its rules may then use the columns of
 pipeline/calibrated.py, which are computed while they decide.
@@ -47,15 +48,22 @@ from winnow.pipeline.percentiles import (
     measure_limits,
 )
 from winnow.pipeline.predicates import check_expression
+from winnow.pipeline.ratios import ABSENT, Ratio, beyond_ratio, join_input_scores
 
 
 class Rule(Strict):
-    """One reason to reject a clip: a predicate, or a percentile of the lake."""
+    """One reason to reject a clip: a predicate, a percentile of the lake, or a ratio to its input."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     reject: str = Field("", description="SQL predicate over the clip's columns; true rejects")
     percentile: Percentile | None = Field(
         None, description="in place of `reject`: the clip's place among all clips of the lake"
+    )
+    # Left out of what is written where there is none: it names the rules of older lakes too.
+    ratio: Ratio | None = Field(
+        None,
+        exclude_if=lambda ratio: ratio is None,
+        description="in place of `reject`: the clip's score against its input video's",
     )
     when: str | None = Field(
         None,
@@ -66,16 +74,21 @@ class Rule(Strict):
 
     @model_validator(mode="after")
     def _one_way(self) -> Rule:
-        if self.percentile is None and "reject" not in self.model_fields_set:
-            raise ValueError("give the rule a predicate `reject`, or a `percentile`")
-        if self.percentile is not None and self.reject:
-            raise ValueError("a rule has either `reject` or `percentile`")
+        if not self.over_lake and "reject" not in self.model_fields_set:
+            raise ValueError("give the rule a predicate `reject`, or a `percentile`, or a `ratio`")
+        if [bool(self.reject), self.percentile is not None, self.ratio is not None].count(True) > 1:
+            raise ValueError("a rule has either `reject` or `percentile` or `ratio`")
         return self
 
     @property
+    def over_lake(self) -> bool:
+        """It is decided when all clips of the lake are known, not while a run streams."""
+        return self.percentile is not None or self.ratio is not None
+
+    @property
     def predicate(self) -> str:
-        """What rejects, for people: SQL, or the percentile in words."""
-        rejects = self.reject if self.percentile is None else str(self.percentile)
+        """What rejects, for people: SQL, or the percentile or ratio in words."""
+        rejects = str(self.percentile or self.ratio or self.reject)
         return f"({self.when}) AND ({rejects})" if self.when else rejects
 
 
@@ -115,8 +128,13 @@ class Policy(_Rules):
 
     @property
     def needs_population(self) -> bool:
-        """Some rule is decided over the whole lake, after the run: see pipeline/percentiles.py."""
-        return any(rule.percentile is not None for rule in self.rules)
+        """Some rule is decided over the whole lake, after the run."""
+        return any(rule.over_lake for rule in self.rules)
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Some rule compares clips with their input video: see pipeline/input_clips.py."""
+        return any(rule.ratio is not None for rule in self.rules)
 
 
 class PolicyFile(_Rules):
@@ -192,6 +210,7 @@ SOURCE_COLUMNS = (
     Column("variable_frame_rate", pa.bool_(), "frame times are uneven"),
     Column("prompt", pa.string(), "prompt that the video was made from"),
     Column("generator", pa.string(), "world model that made the video, where a sidecar says so"),
+    Column("input_uri", pa.string(), "video or image that it was made from, as the sidecar has it"),
 )
 
 
@@ -233,6 +252,8 @@ def rejecting_columns(rule: Rule, where: str) -> set[str]:
     """
     if rule.percentile is not None:
         return rule.percentile.columns
+    if rule.ratio is not None:
+        return {rule.ratio.column.lower()}
     return predicate_columns(rule.reject, where)
 
 
@@ -318,7 +339,9 @@ class Evaluator:
             )
         if rule.percentile is not None:
             rule.percentile.check(self._all_columns(), where)
-        predicates = (None if rule.percentile else rule.reject, rule.when)
+        if rule.ratio is not None:
+            rule.ratio.check(self._all_columns(), where)
+        predicates = (None if rule.over_lake else rule.reject, rule.when)
         try:
             self._show(self._schema.empty_table(), [rule])
             for predicate in (p for p in predicates if p is not None):
@@ -345,8 +368,14 @@ class Evaluator:
             measured, sorted(wanted), policy.calibration, policy.calibration_any_model
         )
 
-    def _show(self, table: pa.Table, rules: Sequence[Rule]) -> None:
-        """Make `clips` of a table, as the rules are to see it."""
+    def _show(
+        self, table: pa.Table, rules: Sequence[Rule], inputs: NDArray[np.int64] | None = None
+    ) -> None:
+        """Make `clips` of a table, as the rules are to see it, its rows numbered."""
+        if inputs is None:
+            inputs = np.full(table.num_rows, ABSENT, np.int64)
+        for name, numbers in (("_row", np.arange(table.num_rows)), ("_input", inputs)):
+            table = table.append_column(name, pa.array(numbers, pa.int64()))
         self._connection.register("measured", table)
         seen = self._with_calibrated("measured", rules)
         self._connection.execute(f"CREATE OR REPLACE TEMP VIEW clips AS FROM {seen}")
@@ -361,13 +390,13 @@ class Evaluator:
         """For each clip the rules that reject it and the rules that cannot judge it.
 
         With `written`, only rules whose columns are all in it are asked (in the middle of a run).
-        Percentile rules are never asked here: a few clips are not their population.
+        Rules over the whole lake are never asked here: a few clips are not their population.
         """
         source = {column.name.lower() for column in SOURCE_COLUMNS}
         rules = [
             rule
             for rule in self.policy.rules
-            if rule.percentile is None
+            if not rule.over_lake
             and (written is None or self.reads[rule.name] <= (written | source))
         ]
         if not rows or not rules:
@@ -387,23 +416,26 @@ class Evaluator:
         return _sort(rules, answers)
 
     def judge(
-        self, table: pa.Table, rules: Sequence[Rule]
+        self, table: pa.Table, rules: Sequence[Rule], inputs: NDArray[np.int64] | None = None
     ) -> tuple[list[tuple[list[str], list[str]]], list[Limit]]:
         """`rejects` for an Arrow table, in its order: `judge_all`, clip by clip."""
-        judged = self.judge_all(table, rules)
+        judged = self.judge_all(table, rules, inputs)
         return [judged.outcomes[place] for place in judged.outcome.tolist()], judged.limits
 
-    def judge_all(self, table: pa.Table, rules: Sequence[Rule]) -> Judged:
+    def judge_all(
+        self, table: pa.Table, rules: Sequence[Rule], inputs: NDArray[np.int64] | None = None
+    ) -> Judged:
         """What the rules say of an Arrow table that has the columns that they read, in its order.
 
-        The table is the population of percentile rules.
+        The table is the population of percentile rules. `inputs` has for each of its rows the row
+        of its input video's clip (`InputClips.row`), which ratio rules compare it with; without
+        it none has an input.
         """
         limits: list[Limit] = []
         if not rules:
             return Judged(np.zeros(table.num_rows, np.int64), [([], [])], limits)
-        rows = pa.array(np.arange(table.num_rows, dtype=np.int64))
         try:
-            self._show(table.append_column("_row", rows), rules)
+            self._show(table, rules, inputs)
             answers = self._judge(rules, limits, " ORDER BY clips._row").to_arrow_table()
         finally:
             self._hide()
@@ -419,7 +451,12 @@ class Evaluator:
         for name, percentile in ranking.items():
             limits += measure_limits(self._connection, name, percentile, tables[name])
             joins.append(join_limits(percentile, tables[name]))
-        selected = ", ".join(f"{_judgement(rule, tables)} AS _{n}" for n, rule in enumerate(rules))
+        compared = {rule.name: rule.ratio for rule in rules if rule.ratio is not None}
+        joins.append(join_input_scores(list(compared.values())))
+        place = {name: number for number, name in enumerate(compared)}
+        selected = ", ".join(
+            f"{_judgement(rule, tables, place)} AS _{n}" for n, rule in enumerate(rules)
+        )
         return self._connection.sql(f"SELECT {selected} FROM clips {' '.join(joins)}{order}")
 
 
@@ -473,14 +510,19 @@ def _parameter(value: Any, kind: pa.DataType) -> Any:
     return {"key": list(pairs), "value": list(pairs.values())}
 
 
-def _judgement(rule: Rule, limits: Mapping[str, str] | None = None) -> str:
+def _judgement(
+    rule: Rule, limits: Mapping[str, str] | None = None, compared: Mapping[str, int] | None = None
+) -> str:
     """SQL: true rejects, false does not, NULL cannot say. A `when` that is false settles it.
 
     A predicate that cannot be computed for a clip, such as a CAST of a text that is no number, is NULL
-    for that clip: it must not take down the run. `limits` names the table of each percentile rule.
+    for that clip: it must not take down the run. `limits` names the table of each percentile rule,
+    `compared` the place of each ratio rule.
     """
     if rule.percentile is not None:
         reject = beyond_limit(rule.percentile, (limits or {})[rule.name])
+    elif rule.ratio is not None:
+        reject = beyond_ratio(rule.ratio, (compared or {})[rule.name])
     else:
         reject = f"CAST(TRY(({rule.reject}\n)) AS BOOLEAN)"
     if rule.when is None:

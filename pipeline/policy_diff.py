@@ -222,7 +222,7 @@ def _examples(
         """SELECT * EXCLUDE (attempt_id, uri), s.uri AS _uri, p.* EXCLUDE (clip_id)
         FROM (SELECT * FROM clips WHERE clip_id IN (SELECT clip_id FROM shown)) c
         JOIN (SELECT attempt_id, uri, fps, width, height, variable_frame_rate, prompt, generator,
-                     seed, group_key, duration_s AS source_duration_s FROM sources) s
+                     input_uri, seed, group_key, duration_s AS source_duration_s FROM sources) s
           USING (attempt_id)
         JOIN shown p USING (clip_id) ORDER BY before, after, clip_id"""
     ).to_arrow_table()

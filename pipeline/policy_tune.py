@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 
 from winnow.operators.errors import ConfigError
 from winnow.pipeline.decide import declared_columns, open_lake
+from winnow.pipeline.input_clips import find_input_clips
 from winnow.pipeline.lake import Lake
 from winnow.pipeline.policy import Evaluator, Policy, Rule
+from winnow.pipeline.ratios import divide
 
 Goal = Literal["reject", "keep"]
 _SIDES = {
@@ -82,6 +84,12 @@ class Threshold:
     """By this comparison alone, at `then`, or at `now` where there is none."""
     labelled: int
     """Labelled clips that it rests on: with the score, and where the rule applies."""
+    of_input: bool = False
+    """The numbers are ratios of the column to that of the input video."""
+
+    @property
+    def what(self) -> str:
+        return f"{self.column} / the input's" if self.of_input else self.column
 
 
 @dataclass
@@ -101,7 +109,7 @@ class Tuning:
     rules: dict[str, Scored]
     thresholds: list[Threshold]
     not_tunable: list[str]
-    """Rules without a comparison of one column with a constant."""
+    """Rules without a comparison of one column, or of its ratio to the input's, with a constant."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {
@@ -144,7 +152,7 @@ def tune(
 
     With the goal `reject` a threshold rejects as much as it may while `precision` of what it rejects
     is bad; with `keep` it rejects as little as it must so that `precision` of what it keeps is good.
-    Percentile rules rank over the whole lake. Raises ConfigError.
+    Percentile rules rank over the whole lake; ratio rules find their inputs in it. Raises ConfigError.
     """
     if not 0 < precision <= 1:
         raise ConfigError(f"the precision is {precision:g}: give a share above 0, at most 1")
@@ -155,11 +163,16 @@ def tune(
         reads = sorted(set().union(*evaluator.reads.values()))
         whole_lake = "" if policy.needs_population else "WHERE l.good IS NOT NULL"
         cells = "".join(f', d."{name}"' for name in reads)
+        if policy.needs_inputs:
+            cells += ", d.attempt_id AS _attempt, d.start_s AS _start, d.end_s AS _end"
         table = connection.sql(
             f"""SELECT l.good AS _good{cells} FROM clips_decided d
             LEFT JOIN labelled l USING (clip_id) {whole_lake} ORDER BY d.clip_id"""
         ).to_arrow_table()
-    judged = evaluator.judge_all(table, policy.rules)
+        inputs = None
+        if policy.needs_inputs:
+            inputs = find_input_clips(connection, table).row
+    judged = evaluator.judge_all(table, policy.rules, inputs)
     has_label = table["_good"].is_valid().to_numpy()
     is_good = table["_good"].fill_null(False).to_numpy()[has_label]
     outcome = judged.outcome[has_label]
@@ -180,13 +193,16 @@ def tune(
                 not_tunable.append(rule.name)
                 continue
             scores = _numbers(part[name])
+            if inputs is not None and rule.ratio is not None:
+                scores = _finite(divide(_numbers(table[name]), inputs)[has_label])
             counted = np.isfinite(scores) & _applies(evaluator, rule, part)
             then = _threshold(scores[counted], is_good[counted], side, precision, goal)
             at = now if then is None else then
             answers = np.where(counted, _beyond(scores, side, at).astype(np.int8), -1)
             thresholds.append(
                 Threshold(rule.name, name, side, now, then,
-                          _scored(answers[counted], is_good[counted]), int(counted.sum()))
+                          _scored(answers[counted], is_good[counted]), int(counted.sum()),
+                          of_input=rule.ratio is not None)
             )  # fmt: skip
     return Tuning(
         policy.name, goal, precision, int(good), len(is_good) - int(good), unknown,
@@ -241,7 +257,9 @@ def _share(part: int, whole: int) -> float | None:
 
 def _comparisons(rule: Rule) -> Iterator[tuple[str, str, float]]:
     """(column, side, constant) of a rule that is one such comparison, or several joined by OR."""
-    if rule.percentile is not None:
+    if rule.ratio is not None:
+        yield from ((rule.ratio.column.lower(), side, at) for side, at in rule.ratio.limits)
+    if rule.over_lake:
         return
     with duckdb.connect() as connection:
         ((text,),) = connection.execute(
@@ -264,6 +282,12 @@ def _numbers(column: Any) -> NDArray[np.float64]:
     import pyarrow as pa
 
     return np.asarray(column.cast(pa.float64()).fill_null(math.nan).to_numpy(), np.float64)
+
+
+def _finite(ratios: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Infinite ratios as a number beyond all others: thresholds lie between two numbers."""
+    largest = float(np.max(ratios, initial=1.0, where=np.isfinite(ratios)))
+    return np.where(np.isposinf(ratios), 2 * largest, ratios)
 
 
 def _applies(evaluator: Evaluator, rule: Rule, table: Any) -> NDArray[np.bool_]:
@@ -352,9 +376,9 @@ def as_text(tuning: Tuning) -> str:
         said = (
             f"no threshold reaches it; now {t.now:g} {counts}"
             if t.then is None
-            else f"{t.column} {t.side} {t.then!r} (now {t.now:g}): {counts}"
+            else f"{t.what} {t.side} {t.then!r} (now {t.now:g}): {counts}"
         )
-        lines.append(f"{t.rule}: {said if t.then is not None else f'{t.column} {t.side}: {said}'}")
+        lines.append(f"{t.rule}: {said if t.then is not None else f'{t.what} {t.side}: {said}'}")
     if tuning.not_tunable:
         lines.append(
             "no comparison of a column with a constant to tune: " + ", ".join(tuning.not_tunable)

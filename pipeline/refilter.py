@@ -1,6 +1,6 @@
 """Refilter: decide again over the whole lake from stored scores. No video is read.
 
-A run whose policy has percentile rules ends with this too: only here is their population known.
+A run whose policy has percentile or ratio rules ends with this too: only here are all clips known.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tenacity import RetryError
 from winnow.operators.errors import ConfigError, LakeError
 from winnow.pipeline.config import RunConfig
 from winnow.pipeline.decide import decide
+from winnow.pipeline.input_clips import InputClips
 from winnow.pipeline.lake import TABLES, Lake, arrow_schema, sequence_number
 from winnow.pipeline.percentiles import Limit
 from winnow.pipeline.policy import Policy
@@ -39,6 +40,8 @@ class RefilterResult:
     """Where the percentiles of the policy's rules lie, by rule and group."""
     not_calibrated: list[str] = field(default_factory=list)
     """For people: clips with a critic's judgement that no calibration of the policy is for."""
+    inputs: InputClips | None = None
+    """Which clips the policy's ratio rules compared with their input video; None without such."""
 
 
 def refilter(
@@ -65,6 +68,7 @@ def refilter(
         kept_without_media=pc.sum(pc.and_not(keep, table["has_media"])).as_py() or 0,
         limits=decisions.limits,
         not_calibrated=decisions.not_calibrated,
+        inputs=decisions.inputs,
     )
     if not dry_run and table.num_rows:
         _append(lake, table, policy, policy_hash(policy, config))

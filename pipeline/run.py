@@ -149,7 +149,7 @@ def _run(
     for done, source in enumerate(committer.consume(stream), start=1):
         totals.add(source)
         progress.report(done, total, source)
-    unmade = _decide_by_population(lake, plan)
+    unmade = _decide_by_population(lake, plan, progress)
     with connect(lake) as connection:
         ledger = read_ledger(
             connection,
@@ -186,8 +186,8 @@ def _run(
                      totals.rows(), roster.rows(), listing.not_readable)  # fmt: skip
 
 
-def _decide_by_population(lake: Lake, plan: Plan) -> int:
-    """Percentiles are known when all clips are: decide the lake anew by the same code as refilter.
+def _decide_by_population(lake: Lake, plan: Plan, progress: Progress) -> int:
+    """Percentiles and ratios are known when all clips are: decide anew by the code of refilter.
 
     Returns the number of clips that are kept now and that no run has encoded.
     """
@@ -195,7 +195,10 @@ def _decide_by_population(lake: Lake, plan: Plan) -> int:
         return 0
     from winnow.pipeline.refilter import refilter  # which knows runs
 
-    return refilter(lake, plan.policy, config=plan.config).kept_without_media
+    result = refilter(lake, plan.policy, config=plan.config)
+    if result.inputs is not None:
+        progress.say(str(result.inputs))
+    return result.kept_without_media
 
 
 def policy_hash(policy: Policy, config: RunConfig) -> str:

@@ -70,7 +70,7 @@ def _views(sources: str, clips: str, embeddings: str, verdicts: Collection[str])
             WHERE d.{_COMMITTED}""",
         "clips_decided": f"""
             SELECT c.*, s.uri, s.fps, s.width, s.height, s.variable_frame_rate, s.prompt,
-                   s.generator, s.seed, s.group_key, s.duration_s AS source_duration_s,
+                   s.generator, s.input_uri, s.seed, s.group_key, s.duration_s AS source_duration_s,
                    s.seq AS source_seq, s.run_id,
                    v.policy, v.verdict, v.reasons, v.duplicate_of, v.similarity
             FROM ({clips}) c

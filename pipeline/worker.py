@@ -29,7 +29,11 @@ def policy_row(source: Source, clip: Clip) -> dict[str, Any]:
             "variable_frame_rate": media.variable_frame_rate,
         }
     if sidecar is not None:
-        row |= {"prompt": sidecar.prompt, "generator": sidecar.generator}
+        row |= {
+            "prompt": sidecar.prompt,
+            "generator": sidecar.generator,
+            "input_uri": sidecar.input_path,
+        }
     return row
 
 
