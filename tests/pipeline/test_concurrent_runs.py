@@ -13,10 +13,11 @@ import pytest
 
 from tests.conftest import scene, write_video
 from tests.pipeline.lakes import facts, rows
+from winnow.operators.errors import LakeBusy
 from winnow.pipeline import run_lock
 from winnow.pipeline.lake import Lake
 from winnow.pipeline.lake_check import check_lake
-from winnow.pipeline.run_lock import LakeBusy, hold_lake
+from winnow.pipeline.run_lock import hold_lake
 
 ARGUMENTS = ["--set", "stages.split.detector.kind=none", "--set", "commit.sources=2",
              "--set", "stages.cheap.workers={max: 1}", "--set", "isolate=false"]  # fmt: skip
