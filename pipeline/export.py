@@ -114,7 +114,8 @@ def export(
     Media are verified by the recorded hash as they are copied: what is damaged goes into no shard.
     Without `allow_missing`, an export with problems has no index: repeated, it tries those clips
     again. With it, the manifest and the index say which kept clips are not there, and why.
-    `report` is called with (clips done, clips in all). Raises ConfigError for wrong settings, for a place that holds another export, and for a policy without verdicts.
+    `report` is called with (clips done, clips in all). Raises ConfigError for wrong
+    settings, for a place that holds another export, and for a policy without verdicts.
     """
     settings.check()
     if f"{out.rstrip('/')}/".startswith(f"{lake.uri.rstrip('/')}/"):

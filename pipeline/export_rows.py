@@ -131,8 +131,8 @@ def kept_clips(
                c.end_frame, c.prompt, c.generator, c.seed, c.group_key, c.run_id,
                v.policy, v.policy_hash, v.verdict, v.reasons,
                p.media_uri, p.bytes AS media_bytes, p.sha256 AS media_sha256,
-               p.content_type, p.resolution, p.aspect_ratio, p.length, p.frames, p.fps, p.width, p.height, p.duration_s, p.stream_copied,
-               t.captions, c.operator_versions{_selected(scores)}
+               p.content_type, p.resolution, p.aspect_ratio, p.length, p.frames, p.fps, p.width, p.height,
+               p.duration_s, p.stream_copied, t.captions, c.operator_versions{_selected(scores)}
         FROM p JOIN c USING (clip_id) JOIN v USING (clip_id) LEFT JOIN t USING (clip_id)
         ORDER BY {order}clip_id"""
     yield from _batches(connection, query, policy)

@@ -189,7 +189,7 @@ def _write_tar(shard: Shard, draft: Path, media: Media) -> list[Problem]:
             start = tar.offset
             try:
                 reason = media.problem(item) or _add_clip(tar, item, media)
-            except _Unreadable as error:
+            except (_Unreadable, StorageError) as error:
                 reason = f"the media cannot be read: {error}"
             if reason is not None:
                 _take_back(tar, start)
@@ -262,8 +262,6 @@ def _open(item: Item, media: Media) -> Iterator[_Hashing]:
             path = stack.enter_context(media.local(item))
             file = stack.enter_context(path.open("rb"))
             size = os.fstat(file.fileno()).st_size
-        except StorageError as error:
-            raise _Unreadable(str(error)) from error
         except OSError as error:
             raise _Unreadable(error.strerror or str(error)) from error
         yield _Hashing(file, size)
