@@ -109,7 +109,7 @@ _CHECKS: tuple[tuple[str, str, str], ...] = (
     ("sources", "copies whose first file is not in the lake",
      """SELECT uri FROM raw_sources s WHERE status = 'copy' AND NOT EXISTS (
             SELECT 1 FROM raw_sources o WHERE o.status = 'done' AND o.source_id = s.source_id
-            AND o.uri = s.copy_of)"""),
+            AND o.uri = coalesce(s.copy_of, o.uri))"""),
     ("clips", "ids that are there more than once",
      "SELECT clip_id FROM shown_clips GROUP BY 1 HAVING count(*) > 1"),
     ("clips", "rows that one attempt wrote twice",
@@ -245,7 +245,7 @@ def _ask(
             f"SELECT count(*) OVER (), place FROM ({query}) found(place) ORDER BY place LIMIT {KEPT}"
         ).fetchall()
     except duckdb.BinderException:
-        return []  # a column that an older version did not have, which is said of the schema
+        return []  # a column of another type, which is said of the schema
     if not rows:
         return []
     return [Finding(check, rows[0][0], wrong, tuple(str(place) for _, place in rows))]
