@@ -90,8 +90,10 @@ def test_the_second_goes_on_from_what_the_first_has_left(inputs, tmp_path, order
     lake, turns = Lake(str(tmp_path / "lake")), Lake(str(tmp_path / "turns"))
     first = start(inputs / order[0], lake)
     in_the_middle(first, lake)
+    first.send_signal(signal.SIGSTOP)  # so that it is not over before the other has begun
     second = start(inputs / order[1], lake, "--wait")
     assert f"--input {inputs / order[0]}" in told_to_wait(second)
+    first.send_signal(signal.SIGCONT)
     assert [ended(process)[0] for process in (first, second)] == [0, 0]
     sound(lake)
     for name in order:
@@ -115,6 +117,7 @@ def test_one_is_killed_while_another_waits(inputs, tmp_path):
     lake, alone = Lake(str(tmp_path / "lake")), Lake(str(tmp_path / "alone"))
     first = start(inputs / "a", lake)
     in_the_middle(first, lake)
+    first.send_signal(signal.SIGSTOP)
     second = start(inputs / "a", lake, "--wait")
     told_to_wait(second)
     first.send_signal(signal.SIGKILL)
@@ -142,6 +145,7 @@ def test_a_refilter_meets_a_run(inputs, tmp_path):
     while str(inputs / "a") not in Path(lake.uri, run_lock.LOCK_NAME).read_text():
         assert run.poll() is None, run.communicate()[1]
         time.sleep(0.01)
+    run.send_signal(signal.SIGSTOP)
     words = ("refilter", "--lake", lake.uri, "--policy", "tests/pipeline/keep_all.yaml")
     waiting = command(*words, "--wait")
     code, errors = ended(command(*words))
@@ -149,6 +153,8 @@ def test_a_refilter_meets_a_run(inputs, tmp_path):
     assert f"winnow run --input {inputs / 'a'}" in errors
     assert "--wait" in errors
     assert "Traceback" not in errors
+    told_to_wait(waiting)
+    run.send_signal(signal.SIGCONT)
     assert [ended(process)[0] for process in (run, waiting)] == [0, 0]
     sound(lake)
     # It has waited for the run's clips, and each got its verdict once.
