@@ -7,6 +7,7 @@ WinnowError
 ├── WorkerError          the engine lost the workers that it needs; the run stops
 ├── StorageError         a place that cannot be read or written
 ├── LakeError            tables that contradict each other or the contract
+├── LakeBusy             another process holds the lake, or has taken it over
 ├── LedgerError          rows went missing or were counted twice
 ├── IndexUnavailable     the vector index cannot be opened
 └── ModelUnavailable     a model's weights are not on this machine
@@ -53,6 +54,10 @@ class StorageError(WinnowError):
 
 class LakeError(WinnowError):
     """The lake's tables are missing, newer than this version, or contradict the contract."""
+
+
+class LakeBusy(WinnowError):
+    """Another process writes to the lake, or has taken it over. Later, the same may succeed."""
 
 
 class LedgerError(WinnowError):

@@ -40,6 +40,7 @@ from winnow.pipeline.refilter import latest_config
 from winnow.pipeline.reopen import Reopen, SourceFiles
 from winnow.pipeline.roster import Roster
 from winnow.pipeline.run import Engine, Progress, share_prompts
+from winnow.pipeline.run_lock import Hold, hold_lake
 from winnow.pipeline.views import connect
 from winnow.stages.batch_filter import BatchFilter
 from winnow.stages.filter import Filter
@@ -112,27 +113,53 @@ def backfill(
     ray_address: str | None = None,
     progress: Progress | None = None,
     options: dict[str, str] | None = None,
+    wait: bool = False,
 ) -> BackfillResult:
     """Measure clips of the lake by the operators `names`, with the settings that `config` has.
 
     Without a `config`, that of the lake's latest run; an operator that it does not have runs with
     its defaults. `where` is a predicate over `clips_decided`. Clips measured before by the same
     version, settings and models are skipped; with `retry_failed`, not those where that failed.
-    `options` are settings of the object store that holds the sources.
+    `options` are settings of the object store that holds the sources. The lake is held meanwhile;
+    with `wait`, another holder's end is waited for.
 
-    Raises ConfigError, LakeError, ModelUnavailable before anything is decoded, and LedgerError
-    where the lake does not hold what was measured.
+    Raises ConfigError, LakeError, LakeBusy, ModelUnavailable before anything is decoded, and
+    LedgerError where the lake does not hold what was measured.
     """
     lake.require()
     config = config or latest_config(lake)
     started = time.perf_counter()
     models = Models.read(config.models)
     passes = [_describe(stage, models) for stage in _stages(config, names)]
+    progress = progress or Progress()
+    with hold_lake(
+        lake, f"winnow measure --operators {','.join(names)}", wait=wait, told=progress.say
+    ) as hold:
+        result = _backfill(lake, config, models, passes, hold, where=where, retry_failed=retry_failed,
+                           ray_address=ray_address, progress=progress, options=options)  # fmt: skip
+    result.wall_s = time.perf_counter() - started
+    return result
+
+
+def _backfill(
+    lake: Lake,
+    config: RunConfig,
+    models: Models,
+    passes: Sequence[_Pass],
+    hold: Hold,
+    *,
+    where: str,
+    retry_failed: bool,
+    ray_address: str | None,
+    progress: Progress,
+    options: dict[str, str] | None,
+) -> BackfillResult:
+    """`backfill` while the lake is ours."""
     clips = _selected(lake, where)
     versions = {name: made.version for one in passes for name, made in one.made.items()}
     result = BackfillResult(f"backfill-{uuid.uuid4().hex[:12]}", versions, len(clips))
     outcomes = dict.fromkeys(clips, "skipped")
-    work = _Work(lake, config, result, outcomes, where, retry_failed, options or {})
+    work = _Work(lake, config, result, outcomes, where, retry_failed, options or {}, hold)
     with ExitStack() as stack:
         engine: Engine = run_inline
         if config.engine == "ray" and clips:
@@ -147,10 +174,9 @@ def backfill(
                 check_present(models, work.plan(one.stage).needed_models)
         # One after the other: what a later stage needs of an earlier one is in the lake by then.
         for one in passes:
-            work.carry_out(one, engine, progress or Progress())
+            work.carry_out(one, engine, progress)
     counted = Counter(outcomes.values())
     result.counts = {outcome: counted[outcome] for outcome in OUTCOMES}
-    result.wall_s = time.perf_counter() - started
     _check_ledger(lake, result)
     return result
 
@@ -276,6 +302,7 @@ class _Work:
     where: str
     retry_failed: bool
     options: dict[str, str]
+    hold: Hold
     _batches: int = 0
     _seq: int = 0
 
@@ -312,7 +339,7 @@ class _Work:
             progress.report(0, total, None)
             # The clips as asked for: a source that fails comes back without them.
             asked = {source.ordinal: list(source.clips) for source in sources}
-            stream = engine(plan, sources, Roster())
+            stream = self.hold.guard(engine(plan, sources, Roster()))
             described = {name: one.described[name] for name in operators}
             done = 0
             for batch in self._batched(stream):

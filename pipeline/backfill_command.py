@@ -31,6 +31,10 @@ def measure(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="measure again where it failed before")
     ] = False,
+    wait: Annotated[
+        bool,
+        typer.Option("--wait", help="where another process writes to the lake, wait for its end"),
+    ] = False,
     storage_option: Annotated[
         list[str] | None,
         typer.Option("--storage-option", metavar="KEY=VALUE", help="object-store setting"),
@@ -54,7 +58,7 @@ def measure(
     with run_progress() as progress:
         result = backfill(
             opened, names, where=where, config=settings, retry_failed=retry_failed,
-            ray_address=ray_address, progress=progress, options=options,
+            ray_address=ray_address, progress=progress, options=options, wait=wait,
         )  # fmt: skip
     if json_output:
         print_json(

@@ -63,6 +63,11 @@ StorageOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 
 
+WaitOption = Annotated[
+    bool, typer.Option("--wait", help="where another process writes to the lake, wait for its end")
+]
+
+
 class Engine(StrEnum):
     inline = "inline"
     ray = "ray"
@@ -91,9 +96,7 @@ def run(
     ray_address: Annotated[
         str | None, typer.Option("--ray-address", help="a Ray cluster; default: start Ray here")
     ] = None,
-    wait: Annotated[
-        bool, typer.Option("--wait", help="where another run writes to the lake, wait for its end")
-    ] = False,
+    wait: WaitOption = False,
     storage_option: StorageOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -167,17 +170,24 @@ def refilter(
     lake: LakeOption,
     policy: Annotated[str, typer.Option("--policy", "-p", help="path of a YAML file, or a name")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="count only, write nothing")] = False,
+    wait: WaitOption = False,
     storage_option: StorageOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Decide again from the stored scores, by another policy. No video is read."""
     from dataclasses import asdict
 
-    from winnow.pipeline.console import print_json, say
+    from winnow.pipeline.console import complain, print_json, say
     from winnow.pipeline.policy import load_policy
     from winnow.pipeline.refilter import refilter as decide_again
 
-    result = decide_again(_lake(lake, _pairs(storage_option)), load_policy(policy), dry_run=dry_run)
+    result = decide_again(
+        _lake(lake, _pairs(storage_option)),
+        load_policy(policy),
+        dry_run=dry_run,
+        wait=wait,
+        told=complain,
+    )
     if json_output:
         print_json(
             {

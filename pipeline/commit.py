@@ -166,6 +166,7 @@ class Committer:
             "media_uri": clip.media.uri,
             **clip.partition,
             "bytes": clip.media.bytes,
+            "sha256": clip.media.sha256,
             "frames": clip.media.frames,
             "fps": clip.media.fps,
             "width": clip.media.width,

@@ -28,6 +28,7 @@ from winnow.pipeline.export_rows import (
     kept_without_media,
     policy_name,
     score_columns,
+    without_hash,
 )
 from winnow.pipeline.export_shards import (
     SHARD_BYTES,
@@ -66,7 +67,7 @@ class ExportSettings:
     as_of: str | None = None
     """Version of `sources`, or ISO 8601 time."""
     allow_missing: bool = False
-    """Finish although media are missing or changed."""
+    """Finish although media are missing, damaged or changed."""
 
     def check(self) -> None:
         """Raises ConfigError where a value is none of the allowed ones."""
@@ -96,6 +97,8 @@ class ExportResult:
     bytes: int = 0
     manifest: dict[str, Any] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    media_without_hash: int = 0
+    """Clips of whose media no hash is recorded, as an older version made them: not verified."""
     resumed_versions: bool = False
     """The lake has moved on since the export began; it was finished as it began."""
 
@@ -108,9 +111,11 @@ def export(
 ) -> ExportResult:
     """Write the shards, the manifest and the index of a policy's dataset under `out`.
 
+    Media are verified by the recorded hash as they are copied: what is damaged goes into no shard.
     Without `allow_missing`, an export with problems has no index: repeated, it tries those clips
-    again. `report` is called with (clips done, clips in all). Raises ConfigError for wrong settings,
-    for a place that holds another export, and for a policy without verdicts.
+    again. With it, the manifest and the index say which kept clips are not there, and why.
+    `report` is called with (clips done, clips in all). Raises ConfigError for wrong
+    settings, for a place that holds another export, and for a policy without verdicts.
     """
     settings.check()
     if f"{out.rstrip('/')}/".startswith(f"{lake.uri.rstrip('/')}/"):
@@ -166,6 +171,7 @@ class _Exporter:
     def run(self, result: ExportResult) -> None:
         scores = score_columns(self.connection)
         form, policy = self.settings.form, result.policy
+        result.media_without_hash = without_hash(self.connection, policy)
         without = kept_without_media(self.connection, policy)
         result.problems += [
             Problem(clip_id, None, "kept, but it has no media in the dataset")
@@ -194,7 +200,7 @@ class _Exporter:
             done += len(shard.items)
             self.report(done, total)
         result.problems.sort(key=lambda problem: problem.clip_id)
-        result.manifest = self._manifest(policy, scores)
+        result.manifest = self._manifest(policy, scores, result.problems)
 
     def _clips(self, policy: str) -> int:
         query = "SELECT count(DISTINCT clip_id) FROM dataset WHERE policy = $policy"
@@ -227,10 +233,14 @@ class _Exporter:
         _put(self.place, shard.name + RECORD, entry, self.folder)
         return entry
 
-    def _manifest(self, policy: str, scores: Sequence[str]) -> dict[str, Any]:
+    def _manifest(
+        self, policy: str, scores: Sequence[str], problems: Sequence[Problem]
+    ) -> dict[str, Any]:
         name = "manifest.parquet" if self.settings.form == "parquet" else "manifest.jsonl"
         draft = self.folder / name
-        counts = write_manifest(all_clips(self.connection, policy, scores), scores, draft)
+        left_out = {problem.clip_id: problem.reason for problem in problems}
+        rows = all_clips(self.connection, policy, scores, left_out)
+        counts = write_manifest(rows, scores, draft)
         self.place.put(draft, name)
         return {
             "name": name,
@@ -297,6 +307,7 @@ def _index(result: ExportResult, identity: dict[str, Any]) -> dict[str, Any]:
         "clips": result.clips,
         "bytes": result.bytes,
         "manifest": result.manifest,
+        "media_without_hash": result.media_without_hash,
         "problems": [asdict(problem) for problem in result.problems],
     }
 

@@ -46,7 +46,10 @@ def export(
         ),
     ] = None,
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="finish although media are missing or changed")
+        bool,
+        typer.Option(
+            "--allow-missing", help="finish without clips whose media are missing or damaged"
+        ),
     ] = False,
     storage_option: Annotated[
         list[str] | None,
@@ -92,8 +95,14 @@ def _show(result: ExportResult, *, json_output: bool) -> None:
         complain(f"and {len(result.problems) - SHOWN_PROBLEMS} more")
     if not result.complete:
         complain(
-            "the export is not complete and has no index. Bring the media back and run the same "
-            "command again, or add --allow-missing to leave these clips out"
+            "the export is not complete and has no index; none of these clips is in a shard. Bring "
+            "the media back and run the same command again, or add --allow-missing to leave these "
+            "clips out"
+        )
+    if result.media_without_hash:
+        complain(
+            f"{result.media_without_hash} clips are of an older version that recorded no hash of "
+            "their media: only the size was compared"
         )
     if result.resumed_versions:
         complain(

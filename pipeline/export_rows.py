@@ -130,25 +130,35 @@ def kept_clips(
         SELECT clip_id, c.source_id, c.uri AS source_uri, c.start_s, c.end_s, c.start_frame,
                c.end_frame, c.prompt, c.generator, c.seed, c.group_key, c.run_id,
                v.policy, v.policy_hash, v.verdict, v.reasons,
-               p.media_uri, p.bytes AS media_bytes, p.content_type, p.resolution, p.aspect_ratio,
-               p.length, p.frames, p.fps, p.width, p.height, p.duration_s, p.stream_copied,
-               t.captions, c.operator_versions{_selected(scores)}
+               p.media_uri, p.bytes AS media_bytes, p.sha256 AS media_sha256,
+               p.content_type, p.resolution, p.aspect_ratio, p.length, p.frames, p.fps, p.width, p.height,
+               p.duration_s, p.stream_copied, t.captions, c.operator_versions{_selected(scores)}
         FROM p JOIN c USING (clip_id) JOIN v USING (clip_id) LEFT JOIN t USING (clip_id)
         ORDER BY {order}clip_id"""
     yield from _batches(connection, query, policy)
 
 
 def all_clips(
-    connection: duckdb.DuckDBPyConnection, policy: str, scores: Sequence[str]
+    connection: duckdb.DuckDBPyConnection,
+    policy: str,
+    scores: Sequence[str],
+    left_out: Mapping[str, str],
 ) -> Iterator[pa.RecordBatch]:
-    """Every clip of the lake with the policy's verdict, NULL where it has none, by clip_id."""
+    """Every clip of the lake with the policy's verdict, NULL where it has none, by clip_id.
+
+    `left_out` are kept clips that could not be exported, with the reason.
+    """
+    reasons = {"clip_id": list(left_out), "not_exported": list(left_out.values())}
+    schema = pa.schema([("clip_id", pa.string()), ("not_exported", pa.string())])
+    connection.register("left_out", pa.table(reasons, schema))
     query = f"""
         WITH c AS ({_CLIPS}), v AS ({_VERDICTS}), p AS ({_PRODUCT})
         SELECT clip_id, c.source_id, c.uri AS source_uri, c.start_s, c.end_s, c.start_frame,
                c.end_frame, c.prompt, c.generator, c.seed, c.group_key, c.failure,
                v.policy, v.policy_hash, v.verdict, v.reasons, v.duplicate_of, v.similarity,
-               p.media_uri{_selected(scores)}
+               p.media_uri, p.sha256 AS media_sha256, l.not_exported{_selected(scores)}
         FROM c LEFT JOIN v USING (clip_id) LEFT JOIN p USING (clip_id)
+        LEFT JOIN left_out l USING (clip_id)
         ORDER BY clip_id"""
     yield from _batches(connection, query, policy)
 
@@ -163,6 +173,14 @@ def kept_without_media(connection: duckdb.DuckDBPyConnection, policy: str) -> li
         {"policy": policy},
     ).fetchall()
     return [str(clip_id) for (clip_id,) in rows]
+
+
+def without_hash(connection: duckdb.DuckDBPyConnection, policy: str) -> int:
+    """Clips of the policy's dataset that an older version made, of whose media no hash is recorded."""
+    rows = connection.execute(
+        f"SELECT count(*) FROM ({_PRODUCT}) WHERE sha256 IS NULL", {"policy": policy}
+    ).fetchall()
+    return int(rows[0][0])
 
 
 def _selected(scores: Sequence[str]) -> str:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet
 
-from winnow.operators.errors import LakeError
+from winnow.operators.errors import LakeError, StorageError
 from winnow.pipeline.export_rows import caption_text, json_text, map_columns, rows_of
 from winnow.pipeline.storage import Storage
 
@@ -47,6 +48,7 @@ class Item:
     clip_id: str
     media_uri: str
     media_bytes: int | None
+    media_sha256: str | None
     json: bytes
     text: bytes
     row: dict[str, Any]
@@ -132,6 +134,7 @@ def _item(row: dict[str, Any], scores: frozenset[str], maps: frozenset[str]) -> 
         row["clip_id"],
         row["media_uri"] or "",
         row["media_bytes"],
+        row["media_sha256"],
         json_text(row, scores, maps).encode("utf-8", "backslashreplace"),
         caption_text(row).encode("utf-8", "backslashreplace"),
         row,
@@ -183,30 +186,85 @@ def _write_tar(shard: Shard, draft: Path, media: Media) -> list[Problem]:
     problems = []
     with tarfile.open(draft, "w", format=tarfile.USTAR_FORMAT) as tar:
         for item in shard.items:
-            reason = media.problem(item)
-            if reason is None:
-                reason = _add_clip(tar, item, media)
+            start = tar.offset
+            try:
+                reason = media.problem(item) or _add_clip(tar, item, media)
+            except (_Unreadable, StorageError) as error:
+                reason = f"the media cannot be read: {error}"
             if reason is not None:
+                _take_back(tar, start)
                 problems.append(Problem(item.clip_id, item.media_uri, reason))
     return problems
 
 
 def _add_clip(tar: tarfile.TarFile, item: Item, media: Media) -> str | None:
-    with media.local(item) as path, path.open("rb") as file:
-        size = path.stat().st_size
+    """Add the members of a clip. Its media are hashed as they are copied: the content that was
+    checked is the content that is there. Returns why the clip must be taken back, if so."""
+    with _open(item, media) as file:
+        size = file.size
         if item.media_bytes is not None and size != item.media_bytes:
             return f"the media changed: {size} bytes, not {item.media_bytes}"
         # In order of the suffixes' reading: a reader that streams has the clip first.
         _add(tar, f"{item.clip_id}.mp4", size, file)
+        found = file.digest.hexdigest()
+    if item.media_sha256 is not None and found != item.media_sha256:
+        return f"the media are damaged: SHA-256 recorded {item.media_sha256}, found {found}"
     _add(tar, f"{item.clip_id}.json", len(item.json), io.BytesIO(item.json))
     _add(tar, f"{item.clip_id}.txt", len(item.text), io.BytesIO(item.text))
     return None
 
 
-def _add(tar: tarfile.TarFile, name: str, size: int, file: BinaryIO) -> None:
+def _add(tar: tarfile.TarFile, name: str, size: int, file: _Readable) -> None:
     member = tarfile.TarInfo(name)  # no owner, time 0
     member.size, member.mode = size, 0o644
-    tar.addfile(member, file)
+    tar.addfile(member, file)  # type: ignore[arg-type]  # it only reads
+
+
+def _take_back(tar: tarfile.TarFile, start: int) -> None:
+    """Cut a draft back to where it was before a clip, as if that had never been added."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(start)
+    tar.fileobj.truncate()  # type: ignore[attr-defined]  # a plain file
+    tar.offset = start
+
+
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+class _Unreadable(Exception):
+    """The media of one clip; what goes wrong with the draft is another thing."""
+
+
+@dataclass
+class _Hashing:
+    """Reads a file once, for a copy and its hash."""
+
+    file: BinaryIO
+    size: int
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def read(self, size: int, /) -> bytes:
+        try:
+            chunk = self.file.read(size)
+        except OSError as error:
+            raise _Unreadable(error.strerror or str(error)) from error
+        if len(chunk) < size:
+            raise _Unreadable("the file became shorter meanwhile")
+        self.digest.update(chunk)
+        return chunk
+
+
+@contextmanager
+def _open(item: Item, media: Media) -> Iterator[_Hashing]:
+    with ExitStack() as stack:
+        try:
+            path = stack.enter_context(media.local(item))
+            file = stack.enter_context(path.open("rb"))
+            size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise _Unreadable(error.strerror or str(error)) from error
+        yield _Hashing(file, size)
 
 
 def entry_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from winnow.pipeline.index import (
 )
 from winnow.pipeline.lake import Lake
 from winnow.pipeline.refilter import latest_config
+from winnow.pipeline.run_lock import hold_lake
 from winnow.pipeline.search_index import HERE, IndexPlace, SearchIndex, search_indexes
 from winnow.pipeline.views import connect
 
@@ -70,9 +71,24 @@ class Checked:
         )
 
 
-def rebuild_indexes(lake: Lake, place: IndexPlace = HERE) -> list[Built]:
-    """Drop the indexes of dedup and search and make them from the lake. Raises IndexUnavailable."""
+def rebuild_indexes(
+    lake: Lake,
+    place: IndexPlace = HERE,
+    *,
+    wait: bool = False,
+    told: Callable[[str], None] = lambda line: None,
+) -> list[Built]:
+    """Drop the indexes of dedup and search and make them from the lake.
+
+    The lake is held meanwhile: a Milvus server, unlike a file, would let a run search in an index that
+    is half made. Raises LakeBusy, IndexUnavailable.
+    """
     lake.require()
+    with hold_lake(lake, "winnow index rebuild", wait=wait, told=told):
+        return _rebuild(lake, place)
+
+
+def _rebuild(lake: Lake, place: IndexPlace) -> list[Built]:
     built = []
     kept = kept_index(lake, place)
     if kept is not None:

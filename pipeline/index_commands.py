@@ -11,6 +11,9 @@ from winnow.pipeline.query_commands import IndexOption, LakeOption, StorageOptio
 index_app = typer.Typer(help="Rebuild and check the vector indexes.", no_args_is_help=True)
 FAILED = 1
 
+WaitOption = Annotated[
+    bool, typer.Option("--wait", help="where another process writes to the lake, wait for its end")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON list on stdout")]
 
 
@@ -19,6 +22,7 @@ def rebuild(
     lake: LakeOption,
     index: IndexOption = None,
     index_token: TokenOption = "",
+    wait: WaitOption = False,
     storage_option: StorageOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -26,11 +30,12 @@ def rebuild(
     from dataclasses import asdict
 
     from winnow.pipeline.cli import _lake, _pairs
-    from winnow.pipeline.console import print_json, say
+    from winnow.pipeline.console import complain, print_json, say
     from winnow.pipeline.index_check import rebuild_indexes
     from winnow.pipeline.search_index import IndexPlace
 
-    built = rebuild_indexes(_lake(lake, _pairs(storage_option)), IndexPlace(index, index_token))
+    opened = _lake(lake, _pairs(storage_option))
+    built = rebuild_indexes(opened, IndexPlace(index, index_token), wait=wait, told=complain)
     if json_output:
         print_json([asdict(one) for one in built])
         return

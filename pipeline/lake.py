@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     import pyarrow.dataset as pads  # imports pandas, which takes a second and a half
 
 WRITE_TRIES = 5
+LAYOUT = 1
+"""Counts changes that an older Winnow would misread; a new table or column is none of them."""
+LAYOUT_KEY = "winnow.layout"
+"""Property of the table `sources`; a lake without it has layout 1."""
 _TIME = pa.timestamp("us", "UTC")
 _STRINGS = pa.list_(pa.string())
 
@@ -168,6 +172,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("aspect_ratio", pa.string(), "aspect ratio bucket"),
         Column("length", pa.string(), "length bucket"),
         Column("bytes", pa.int64(), "size of the encoded file", "bytes"),
+        Column("sha256", pa.string(), "SHA-256 of the encoded file; NULL: none was recorded"),
         Column("frames", pa.int64(), "frames in the encoded file", "frames"),
         Column("fps", pa.float64(), "frame rate of the encoded file", "1/s"),
         Column("width", pa.int32(), "width of the encoded file", "pixels"),
@@ -220,13 +225,27 @@ class Lake:
         return f"{self.uri.rstrip('/')}/{table}"
 
     def open(self, table: str) -> DeltaTable | None:
-        """The Delta table, or None where nothing was ever written to it."""
+        """The Delta table, or None where nothing was ever written to it.
+
+        Raises LakeError where it cannot be opened, or a newer Winnow has changed the lake's layout.
+        """
         try:
-            return DeltaTable(self.table_uri(table), storage_options=self.options or None)
+            found = DeltaTable(self.table_uri(table), storage_options=self.options or None)
         except TableNotFoundError:
             return None
         except DeltaError as error:
             raise LakeError(f"cannot open table {table} of {self.uri}: {error}") from error
+        if table == "sources":  # which everybody opens first
+            self._check_layout(found)
+        return found
+
+    def _check_layout(self, sources: DeltaTable) -> None:
+        layout = sources.metadata().configuration.get(LAYOUT_KEY) or "1"
+        if not layout.isdecimal() or int(layout) > LAYOUT:
+            raise LakeError(
+                f"the lake {self.uri} has layout {layout!r}, which a newer Winnow has made; this one "
+                f"knows layouts up to {LAYOUT}: upgrade winnow-video. Nothing was changed"
+            )
 
     def exists(self) -> bool:
         return self.open("sources") is not None
@@ -255,6 +274,8 @@ class Lake:
                 schema,
                 mode="ignore",
                 partition_by=PARTITIONS.get(name),
+                configuration={LAYOUT_KEY: str(LAYOUT)} if name == "sources" else None,
+                raise_if_key_not_exists=False,  # a key of our own
                 storage_options=self.options or None,
             )
             self._written[name] = schema
@@ -287,7 +308,9 @@ class Lake:
             present = self.open(table)
             if present is None:
                 raise LakeError(f"table {table} does not exist in {self.uri}")
-            schema = self._written[table] = pa.schema(present.schema().to_arrow())
+            # A column that an older version did not have is added by the append.
+            schema = _with_declared(table, pa.schema(present.schema().to_arrow()))
+            self._written[table] = schema
         unknown = {key for row in rows for key in row} - set(schema.names)
         if unknown:
             raise LakeError(f"no column in {table} for {', '.join(sorted(unknown))}")
@@ -341,15 +364,31 @@ class Lake:
         return None if present is None else present.transaction_version(app)
 
     def dataset(self, table: str) -> pads.Dataset | None:
-        """The table as an Arrow dataset, read lazily."""
+        """The table as an Arrow dataset, read lazily.
+
+        Columns that an older version of Winnow did not have are NULL.
+        """
         present = self.open(table)
         if present is None:
             return None
-        return without_file_statistics(present.to_pyarrow_dataset(), PARTITIONS.get(table, ()))
+        data = present.to_pyarrow_dataset()
+        schema = _with_declared(table, data.schema)
+        return without_file_statistics(data, PARTITIONS.get(table, ()), schema)
 
 
-def without_file_statistics(dataset: pads.Dataset, partition: Sequence[str]) -> pads.Dataset:
-    """The same rows, of files that promise nothing but their partition.
+def _with_declared(table: str, schema: pa.Schema) -> pa.Schema:
+    """The schema of a table, and the columns that this version declares and it has not."""
+    for column in arrow_schema(TABLES.get(table, ())):
+        if column.name not in schema.names:
+            schema = schema.append(column)
+    return schema
+
+
+def without_file_statistics(
+    dataset: pads.Dataset, partition: Sequence[str], schema: pa.Schema
+) -> pads.Dataset:
+    """The same rows under a schema that may have more columns, of files that promise nothing but
+    their partition.
 
     For a column that is younger than a file, deltalake 1.6 promises `column >= NULL`, from which Arrow
     concludes that no value is NULL: `IS NULL` would find nothing, `IS NOT NULL` every row. Parquet's
@@ -365,9 +404,9 @@ def without_file_statistics(dataset: pads.Dataset, partition: Sequence[str]) -> 
             promise = promise & (pads.field(name) == keys[name])
         fragments.append(fragment.format.make_fragment(fragment.path, fragment.filesystem, promise))
     if not fragments:
-        return dataset
+        return pads.dataset(schema.empty_table())
     first = fragments[0]
-    return pads.FileSystemDataset(fragments, dataset.schema, first.format, first.filesystem)
+    return pads.FileSystemDataset(fragments, schema, first.format, first.filesystem)
 
 
 def _same_type(a: pa.DataType, b: pa.DataType) -> bool:

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from winnow.operators.errors import MediaError, StorageError
 from winnow.operators.frames import Span
+from winnow.operators.media import hash_file
 from winnow.pipeline.lake import TABLES, Lake, arrow_schema
 from winnow.pipeline.ledger import STATUSES, VERDICTS
 from winnow.pipeline.storage import FoundFile, Storage
@@ -88,7 +89,7 @@ _COPIES = {
     "judged": """
         SELECT clip_id, policy, verdict, reasons, duplicate_of, attempt_id FROM verdicts""",
     "stored_dataset": """
-        SELECT clip_id, policy, media_uri, bytes, attempt_id FROM raw_dataset
+        SELECT clip_id, policy, media_uri, bytes, sha256, frames, attempt_id FROM raw_dataset
         WHERE attempt_id IN (SELECT attempt_id FROM committed)""",
 }
 
@@ -108,7 +109,7 @@ _CHECKS: tuple[tuple[str, str, str], ...] = (
     ("sources", "copies whose first file is not in the lake",
      """SELECT uri FROM raw_sources s WHERE status = 'copy' AND NOT EXISTS (
             SELECT 1 FROM raw_sources o WHERE o.status = 'done' AND o.source_id = s.source_id
-            AND o.uri = s.copy_of)"""),
+            AND o.uri = coalesce(s.copy_of, o.uri))"""),
     ("clips", "ids that are there more than once",
      "SELECT clip_id FROM shown_clips GROUP BY 1 HAVING count(*) > 1"),
     ("clips", "rows that one attempt wrote twice",
@@ -209,8 +210,8 @@ def check_lake(
 ) -> CheckResult:
     """Check every invariant of a lake.
 
-    With `deep`, every encoded clip is decoded and every source that is still there hashed again;
-    `options` are the storage options of the sources, by default the lake's. Raises LakeError where
+    With `deep`, every encoded clip is hashed and decoded, and every source that is still there hashed
+    again; `options` are the storage options of the sources, by default the lake's. Raises LakeError where
     there is no lake.
     """
     result = CheckResult()
@@ -244,7 +245,7 @@ def _ask(
             f"SELECT count(*) OVER (), place FROM ({query}) found(place) ORDER BY place LIMIT {KEPT}"
         ).fetchall()
     except duckdb.BinderException:
-        return []  # a column that an older version did not have, which is said of the schema
+        return []  # a column of another type, which is said of the schema
     if not rows:
         return []
     return [Finding(check, rows[0][0], wrong, tuple(str(place) for _, place in rows))]
@@ -337,19 +338,21 @@ def _check_media(
     deep: bool,
     told: Callable[[str], None],
 ) -> None:
-    """Every row of the dataset has its file, of the size that was recorded."""
+    """Every row of the dataset has its file, of the size and, if `deep`, with the hash recorded."""
     rows = connection.execute(
-        """SELECT DISTINCT d.media_uri, d.bytes, r.frames FROM stored_dataset d
-        JOIN raw_dataset r USING (clip_id, policy, media_uri, attempt_id) ORDER BY 1"""
+        """SELECT media_uri, bytes, max(frames), sha256, min(clip_id) FROM stored_dataset
+        GROUP BY media_uri, bytes, sha256 ORDER BY ALL"""
     ).fetchall()
     missing: list[str] = []
     resized: list[str] = []
+    damaged: list[str] = []
     broken: list[str] = []
-    by_root: dict[str, list[tuple[str, int, int]]] = {}
-    for uri, size, frames in rows:
+    unhashed: list[str] = []
+    by_root: dict[str, list[_Recorded]] = {}
+    for uri, *recorded in rows:
         root, marker, _ = str(uri).rpartition("/media/")
         by_root.setdefault(f"{root}/media" if marker else lake.media_uri, []).append(
-            (str(uri), size, frames)
+            _Recorded(str(uri), *recorded)
         )
     for root, files in by_root.items():
         try:
@@ -357,36 +360,64 @@ def _check_media(
             found = {file.uri: file for file in storage.find(["**"])}
         except StorageError:
             found = {}
-        for number, (uri, size, frames) in enumerate(files):
-            if (file := found.get(uri)) is None:
-                missing.append(uri)
-            elif file.size != size:
-                resized.append(f"{uri} ({file.size} bytes, not {size})")
+        for number, media in enumerate(files):
+            if (file := found.get(media.uri)) is None:
+                missing.append(media.uri)
+            elif file.size != media.bytes:
+                resized.append(f"{media.uri} ({file.size} bytes, not {media.bytes})")
             elif deep:
-                told(f"media: decoding {number + 1} of {len(files)}")
-                broken += _broken_media(storage, file, frames)
+                told(f"media: hashing and decoding {number + 1} of {len(files)}")
+                if media.sha256 is None:
+                    unhashed.append(media.uri)
+                for other, why in _broken_media(storage, file, media):
+                    (damaged if other else broken).append(why)
     result.violations += _finding("media", "files that are missing", missing)
     result.violations += _finding("media", "files of another size than recorded", resized)
+    # A line for each: these are to be brought back one by one.
+    for one in damaged:
+        result.violations += _finding("media", "file with another content than recorded", [one])
     result.violations += _finding("media", "files that do not decode as recorded", broken)
+    result.notes += _finding(
+        "media", "files with no hash recorded, as older versions made them: only decoded", unhashed
+    )
     elsewhere = [root for root in by_root if root.rstrip("/") != lake.media_uri.rstrip("/")]
     result.notes += _finding(
         "media", "folders outside this lake hold its media: was it copied or moved", elsewhere
     )
 
 
-def _broken_media(storage: Storage, file: FoundFile, frames: int) -> Iterator[str]:
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """What the dataset says of one encoded file."""
+
+    uri: str
+    bytes: int
+    frames: int
+    sha256: str | None
+    clip_id: str
+
+
+def _broken_media(
+    storage: Storage, file: FoundFile, media: _Recorded
+) -> Iterator[tuple[bool, str]]:
+    """Whether the content is another than recorded, and what is wrong. The file is fetched once."""
     import av
 
     try:
-        with storage.local(file.key) as path, av.open(str(path)) as container:
-            # Otherwise the decoder paints over what is broken.
-            container.streams.video[0].codec_context.options = {"err_detect": "explode"}
-            whole = [not frame.is_corrupt for frame in container.decode(video=0)]
+        with storage.local(file.key) as path:
+            if media.sha256 is not None and (found := hash_file(path)) != media.sha256:
+                told = f"SHA-256 recorded {media.sha256}, found {found}"
+                yield True, f"clip {media.clip_id}, {file.uri}, {told}"
+                return
+            with av.open(str(path)) as container:
+                # Otherwise the decoder paints over what is broken.
+                container.streams.video[0].codec_context.options = {"err_detect": "explode"}
+                whole = sum(not frame.is_corrupt for frame in container.decode(video=0))
     except (av.FFmpegError, IndexError, OSError, MediaError, StorageError) as error:
-        yield f"{file.uri} ({str(error)[:100]})"
+        yield False, f"{file.uri} ({str(error)[:100]})"
         return
-    if sum(whole) != frames:
-        yield f"{file.uri} ({sum(whole)} whole frames, not {frames})"
+    if whole != media.frames:
+        yield False, f"{file.uri} ({whole} whole frames, not {media.frames})"
 
 
 def _check_sources(

@@ -16,6 +16,9 @@ StorageOption = Annotated[
     list[str] | None,
     typer.Option("--storage-option", metavar="KEY=VALUE", help="object-store setting; repeatable"),
 ]
+WaitOption = Annotated[
+    bool, typer.Option("--wait", help="where another process writes to the lake, wait for its end")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 
 
@@ -23,7 +26,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on std
 def check(
     lake: LakeOption,
     deep: Annotated[
-        bool, typer.Option("--deep", help="decode all media and hash the sources again")
+        bool, typer.Option("--deep", help="hash and decode all media, hash the sources again")
     ] = False,
     storage_option: StorageOption = None,
     json_output: JsonOption = False,
@@ -57,16 +60,19 @@ def check(
 
 @lake_app.command("compact")
 def compact(
-    lake: LakeOption, storage_option: StorageOption = None, json_output: JsonOption = False
+    lake: LakeOption,
+    wait: WaitOption = False,
+    storage_option: StorageOption = None,
+    json_output: JsonOption = False,
 ) -> None:
     """Merge the small files of the tables. Nothing that a query shows changes."""
     from dataclasses import asdict
 
     from winnow.pipeline.cli import _lake, _pairs
-    from winnow.pipeline.console import print_json, say
+    from winnow.pipeline.console import complain, print_json, say
     from winnow.pipeline.lake_maintenance import compact as merge
 
-    done = merge(_lake(lake, _pairs(storage_option)))
+    done = merge(_lake(lake, _pairs(storage_option)), wait=wait, told=complain)
     if json_output:
         print_json([asdict(table) for table in done])
         return
@@ -89,7 +95,7 @@ def vacuum(
     keep_hours: Annotated[
         float, typer.Option("--keep-hours", min=0, help="leave alone what is younger")
     ] = 168.0,
-    wait: Annotated[bool, typer.Option("--wait", help="wait for a run that is going on")] = False,
+    wait: WaitOption = False,
     storage_option: StorageOption = None,
     json_output: JsonOption = False,
 ) -> None:

@@ -17,7 +17,7 @@ from deltalake.exceptions import DeltaError
 from winnow.operators.errors import LakeError, StorageError
 from winnow.pipeline.lake import PARTITIONS, TABLES, Lake
 from winnow.pipeline.lake_check import ATTEMPTED, COMMIT_POINTS, present_tables
-from winnow.pipeline.run_lock import hold_lake
+from winnow.pipeline.run_lock import Hold, hold_lake
 from winnow.pipeline.storage import Storage
 
 KEEP_HOURS = 168.0
@@ -34,14 +34,21 @@ class Compacted:
     bytes_after: int
 
 
-def compact(lake: Lake) -> list[Compacted]:
+def compact(
+    lake: Lake, *, wait: bool = False, told: Callable[[str], None] = lambda line: None
+) -> list[Compacted]:
     """Merge the small files of every table. What the views show does not change.
 
-    The old files stay for readers of older versions until a vacuum. Runs may go on meanwhile: an
-    append does not conflict. Raises LakeError where there is no lake, or another compaction is
-    quicker.
+    The old files stay for readers of older versions until a vacuum. The lake is held meanwhile: an
+    append would not conflict, but a column that a run or a backfill adds would. Raises LakeBusy,
+    LakeError.
     """
     lake.require()
+    with hold_lake(lake, "winnow lake compact", wait=wait, told=told) as hold:
+        return _compact(lake, hold)
+
+
+def _compact(lake: Lake, hold: Hold) -> list[Compacted]:
     done = []
     for name in TABLES:
         table = lake.open(name)
@@ -49,6 +56,7 @@ def compact(lake: Lake) -> list[Compacted]:
             continue
         before = _live_files(table)
         if len(before) > 1:
+            hold.check()
             try:
                 table.optimize.compact(
                     commit_properties=CommitProperties(custom_metadata={"winnow": "compact"})
@@ -122,16 +130,17 @@ def vacuum(
 
     Rows of attempts that never committed are deleted; their files, like others that a compaction
     replaced, go with the first vacuum after `keep_hours` more. Versions of the tables that need a
-    removed file can no longer be read (`--as-of`). The lake is held meanwhile, so no run can be in
-    progress. Raises LakeBusy, LakeError.
+    removed file can no longer be read (`--as-of`), also by an export that began with them. The lake
+    is held meanwhile, so no run can be in progress. Raises LakeBusy, LakeError.
     """
     if not 0 <= keep_hours < 24 * 36_500:
         raise LakeError(f"cannot keep {keep_hours:g} hours: give 0 or more")
     lake.require()
     if not yes:
         return _find(lake, keep_hours)
-    with hold_lake(lake, "winnow lake vacuum", wait=wait, told=told):
+    with hold_lake(lake, "winnow lake vacuum", wait=wait, told=told) as hold:
         found = _find(lake, keep_hours)
+        hold.check()
         _delete_rows(lake, found.rows)
         for name in found.table_files:
             table = lake.open(name)

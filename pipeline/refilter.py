@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -21,6 +22,7 @@ from winnow.pipeline.lake import TABLES, Lake, arrow_schema, sequence_number
 from winnow.pipeline.percentiles import Limit
 from winnow.pipeline.policy import Policy
 from winnow.pipeline.run import policy_hash
+from winnow.pipeline.run_lock import Hold, hold_lake
 from winnow.pipeline.views import connect, one_row
 
 
@@ -45,15 +47,42 @@ class RefilterResult:
 
 
 def refilter(
-    lake: Lake, policy: Policy, *, dry_run: bool = False, config: RunConfig | None = None
+    lake: Lake,
+    policy: Policy,
+    *,
+    dry_run: bool = False,
+    config: RunConfig | None = None,
+    wait: bool = False,
+    told: Callable[[str], None] = lambda line: None,
 ) -> RefilterResult:
     """Apply a policy to every clip of the lake and append the verdicts.
 
     Near-duplicates are decided anew too, by the same rule, in the order of ingestion, with the
-    embedding and threshold of `config`, by default that of the lake's latest run. A run that is
-    about to end and has no row in `runs` yet gives its own. Raises LakeError, ConfigError.
+    embedding and threshold of `config`, by default that of the lake's latest run. The lake is held
+    meanwhile, unless it is a dry run; with `wait`, another holder is waited for, and `told` so.
+    Raises LakeBusy, LakeError, ConfigError.
     """
     lake.require()
+    if dry_run:
+        return _refilter(lake, policy, config, None)
+    with hold_lake(lake, f"winnow refilter --policy {policy.name}", wait=wait, told=told) as hold:
+        return refilter_held(lake, policy, hold, config)
+
+
+def refilter_held(
+    lake: Lake, policy: Policy, hold: Hold, config: RunConfig | None = None
+) -> RefilterResult:
+    """`refilter` by who holds the lake already.
+
+    A run that is about to end and has no row in `runs` yet gives its own `config`.
+    """
+    return _refilter(lake, policy, config, hold)
+
+
+def _refilter(
+    lake: Lake, policy: Policy, config: RunConfig | None, hold: Hold | None
+) -> RefilterResult:
+    """Decide, and append the verdicts where the lake is held."""
     config = config or latest_config(lake)
     decisions = decide(lake, policy, config)
     table = decisions.table
@@ -70,7 +99,8 @@ def refilter(
         not_calibrated=decisions.not_calibrated,
         inputs=decisions.inputs,
     )
-    if not dry_run and table.num_rows:
+    if hold is not None and table.num_rows:
+        hold.check()
         _append(lake, table, policy, policy_hash(policy, config))
     return result
 

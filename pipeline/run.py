@@ -27,7 +27,7 @@ from winnow.pipeline.plan import Plan
 from winnow.pipeline.planning import check_config, make_plan
 from winnow.pipeline.policy import Policy
 from winnow.pipeline.roster import Roster
-from winnow.pipeline.run_lock import hold_lake
+from winnow.pipeline.run_lock import Hold, hold_lake
 from winnow.pipeline.storage import FoundFile, Storage
 from winnow.pipeline.views import connect
 from winnow.stages.records import Source
@@ -110,7 +110,7 @@ def _run_alone(
         def guarded(plan: Plan, sources: Sequence[Source], roster: Roster) -> Iterator[Source]:
             return hold.guard(engine(plan, sources, roster))
 
-        return _run(config, input_uri, lake, guarded, **rest)
+        return _run(config, input_uri, lake, guarded, hold, **rest)
 
 
 def _run(
@@ -118,6 +118,7 @@ def _run(
     input_uri: str,
     lake: Lake,
     engine: Engine,
+    hold: Hold,
     *,
     limit: int | None,
     retry_failed: bool,
@@ -149,7 +150,7 @@ def _run(
     for done, source in enumerate(committer.consume(stream), start=1):
         totals.add(source)
         progress.report(done, total, source)
-    unmade = _decide_by_population(lake, plan, progress)
+    unmade = _decide_by_population(lake, plan, hold, progress)
     with connect(lake) as connection:
         ledger = read_ledger(
             connection,
@@ -186,16 +187,16 @@ def _run(
                      totals.rows(), roster.rows(), listing.not_readable)  # fmt: skip
 
 
-def _decide_by_population(lake: Lake, plan: Plan, progress: Progress) -> int:
+def _decide_by_population(lake: Lake, plan: Plan, hold: Hold, progress: Progress) -> int:
     """Percentiles and ratios are known when all clips are: decide anew by the code of refilter.
 
     Returns the number of clips that are kept now and that no run has encoded.
     """
     if not plan.policy.needs_population:
         return 0
-    from winnow.pipeline.refilter import refilter  # which knows runs
+    from winnow.pipeline.refilter import refilter_held  # which knows runs
 
-    result = refilter(lake, plan.policy, config=plan.config)
+    result = refilter_held(lake, plan.policy, hold, plan.config)
     if result.inputs is not None:
         progress.say(str(result.inputs))
     return result.kept_without_media

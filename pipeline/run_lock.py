@@ -2,8 +2,8 @@
 
 A run reads what the lake holds when it starts: which contents are taken, which clips are kept. Two
 at once would both take the same file, and neither would find its duplicates among the other's
-clips. So whoever runs into a lake, or removes from it, holds the lake meanwhile; another waits or
-is refused. Readers need no lock.
+clips. So whoever runs into a lake, decides or measures it anew, compacts it or removes from it, holds
+the lake meanwhile; another waits or is refused. Readers need no lock.
 
 In a local folder the lock is the operating system's, on `<lake>/run.lock`: it ends with its process,
 however that ends. In an object store it is a lease, `<lake>/run.lock` too, taken by conditional
@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from winnow.operators.errors import LakeError, StorageError, WinnowError
+from winnow.operators.errors import LakeBusy, LakeError, StorageError
 from winnow.pipeline.lake import Lake
 
 T = TypeVar("T")
@@ -40,10 +40,6 @@ STALE_S = 120.0
 """A lease that was not renewed for this long is dead."""
 ASK_S = 1.0
 """Who waits asks again after this long."""
-
-
-class LakeBusy(WinnowError):
-    """Another run holds the lake, or has taken it over."""
 
 
 class Hold(ABC):
@@ -221,7 +217,7 @@ class _Lease(Hold):
             return
         by = f"; now it belongs to {self._lost}" if self._lost else ""
         raise LakeBusy(
-            f"this run could not renew its lease of the lake{by}. What was committed before is "
+            f"this process could not renew its lease of the lake{by}. What was committed before is "
             "safe: run again"
         )
 

@@ -40,6 +40,8 @@ class ClipMedia:
     height: int
     copied: bool
     """True where the source's stream was copied without encoding."""
+    sha256: str
+    """Of the file's bytes."""
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ import ffmpeg
 
 from winnow.operators.errors import LakeError, MediaError, StorageError
 from winnow.operators.frames import decode
-from winnow.operators.media import MediaInfo, packet_sizes, probe
+from winnow.operators.media import MediaInfo, hash_file, packet_sizes, probe
 from winnow.stages.encoders import choose_encoder, ffmpeg_executable
 from winnow.stages.records import Clip, ClipMedia, Source
 from winnow.stages.stage import Files, MediaSink, Stage
@@ -88,7 +88,10 @@ class Transcode(Stage):
         else:
             self._run(self.encode_arguments(path, output, info, clip, crop, target))
         made = self._verify(output, target, decoded=copied)
-        key = f"{clip.clip_id[:2]}/{clip.clip_id}-{self._recipe(crop, copied)}.mp4"
+        sha256 = hash_file(output)
+        # With the hash in its name, no other making of the clip can replace a file that rows name.
+        recipe = self._recipe(crop, copied)
+        key = f"{clip.clip_id[:2]}/{clip.clip_id}-{recipe}-{sha256[:12]}.mp4"
         try:
             uri = self.media.put(output, key)
         except StorageError as error:
@@ -101,10 +104,11 @@ class Transcode(Stage):
             width=made.width,
             height=made.height,
             copied=copied,
+            sha256=sha256,
         )
 
     def _recipe(self, crop: Crop | None, copied: bool) -> str:
-        """Names how the file was made, so that another recipe never overwrites it."""
+        """Names how the file was made."""
         if copied:
             return "copy"
         box = f"-{crop.width}x{crop.height}+{crop.x}+{crop.y}" if crop else ""

@@ -29,6 +29,6 @@ def facts(lake: Lake) -> dict[str, list]:
         "verdicts": rows(lake, "SELECT clip_id, policy, verdict, reasons, duplicate_of, similarity "
                                "FROM verdicts ORDER BY clip_id"),
         "dataset": rows(lake, "SELECT clip_id, media_uri.regexp_replace('.*/media/', ''), content_type, "
-                              "resolution, aspect_ratio, length, frames FROM dataset ORDER BY clip_id"),
+                              "resolution, aspect_ratio, length, frames, sha256 FROM dataset ORDER BY clip_id"),
         "embeddings": rows(lake, "SELECT clip_id, model, vector FROM embeddings ORDER BY 1, 2"),
     }  # fmt: skip

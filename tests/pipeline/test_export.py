@@ -38,7 +38,9 @@ SCORES = (
 )
 
 
-def make_lake(uri: str, tmp: Path, options: dict | None = None, clips: int = 12) -> Lake:
+def make_lake(
+    uri: str, tmp: Path, options: dict | None = None, clips: int = 12, hashed: bool = True
+) -> Lake:
     """A lake of clips with odd values; every fourth is rejected; the media are bytes of no video."""
     lake = Lake(uri, options or {})
     lake.create(SCORES)
@@ -61,9 +63,11 @@ def make_lake(uri: str, tmp: Path, options: dict | None = None, clips: int = 12)
             continue
         draft = tmp / "draft.mp4"
         draft.write_bytes(bytes([n]) * (1000 + 400 * n))
+        sha256 = hashlib.sha256(draft.read_bytes()).hexdigest() if hashed else None
         content = ODD[n % len(ODD)]
         table["dataset"].append(clip | {
             "source_id": "s", "policy": "p", "bytes": draft.stat().st_size, "frames": 8,
+            "sha256": sha256,
             "media_uri": media.put(draft, f"{clip['clip_id'][:2]}/{clip['clip_id']}-x.mp4"),
             "content_type": content, "resolution": "720p", "aspect_ratio": "16x9",
             "length": "0-2s", "prompt": 'a "cup"\nfalls <ünï>', "stream_copied": False,

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.pipeline.lakes import config, facts, rows
-from winnow.operators.errors import LakeError
+from winnow.operators.errors import LakeBusy, LakeError
 from winnow.pipeline.lake import Lake
 from winnow.pipeline.lake_check import check_lake
 from winnow.pipeline.lake_commands import lake_app
@@ -18,7 +18,7 @@ from winnow.pipeline.lake_maintenance import compact, vacuum
 from winnow.pipeline.policy import load_policy
 from winnow.pipeline.refilter import refilter
 from winnow.pipeline.run import run
-from winnow.pipeline.run_lock import LakeBusy, hold_lake
+from winnow.pipeline.run_lock import hold_lake
 from winnow.pipeline.storage import Storage
 
 

@@ -449,7 +449,7 @@ def test_captions_are_rows_of_committed_attempts_only(moving, tmp_path, monkeypa
     for one in (here, lost):
         caption.process(one)
         one.status = "done"
-        one.clips[0].media = ClipMedia("m.mp4", 1, 60, 24.0, 96, 64, False)
+        one.clips[0].media = ClipMedia("m.mp4", 1, 60, 24.0, 96, 64, False, "00")
         one.clips[0].decision.verdict = "reject"
     plan = check_config(config())
     lake = Lake(str(tmp_path / "lake"))
