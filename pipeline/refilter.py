@@ -15,6 +15,7 @@ from tenacity import RetryError
 
 from winnow.operators.errors import ConfigError, LakeError
 from winnow.pipeline.config import RunConfig
+from winnow.pipeline.dataset_rows import share_media
 from winnow.pipeline.decide import decide
 from winnow.pipeline.lake import TABLES, Lake, arrow_schema, sequence_number
 from winnow.pipeline.percentiles import Limit
@@ -33,8 +34,10 @@ class RefilterResult:
     changed: int = 0
     """Clips whose verdict differs from the latest one before."""
     kept_without_media: int = 0
-    """Newly kept clips whose media no run has made yet: a duplicate whose better copy is rejected
-    now may become the one to keep, and was never encoded."""
+    """Kept clips that were never encoded: no policy kept them before. `winnow materialize` makes
+    their media."""
+    shared: int = 0
+    """Clips that were added to the policy's dataset with the media that another policy has."""
     limits: list[Limit] = field(default_factory=list)
     """Where the percentiles of the policy's rules lie, by rule and group."""
     not_calibrated: list[str] = field(default_factory=list)
@@ -44,7 +47,9 @@ class RefilterResult:
 def refilter(
     lake: Lake, policy: Policy, *, dry_run: bool = False, config: RunConfig | None = None
 ) -> RefilterResult:
-    """Apply a policy to every clip of the lake and append the verdicts.
+    """Apply a policy to every clip of the lake and append the verdicts, and rows of its dataset.
+
+    A kept clip that has media of whatever policy goes into the policy's dataset.
 
     Near-duplicates are decided anew too, by the same rule, in the order of ingestion, with the
     embedding and threshold of `config`, by default that of the lake's latest run. A run that is
@@ -67,7 +72,10 @@ def refilter(
         not_calibrated=decisions.not_calibrated,
     )
     if not dry_run and table.num_rows:
+        ready = table.select(["clip_id", "attempt_id"]).filter(pc.and_(keep, table["has_media"]))
         _append(lake, table, policy, policy_hash(policy, config))
+        del decisions, table
+        result.shared = share_media(lake, policy.name, ready)
     return result
 
 
