@@ -10,15 +10,16 @@ import pyarrow as pa
 from tenacity import RetryError
 
 from winnow.operators.errors import LakeError
-from winnow.pipeline.decide import LIVE_SOURCES, open_lake
+from winnow.pipeline.decide import open_lake
 from winnow.pipeline.lake import Lake
 
 
 def share_media(lake: Lake, policy: str, kept: pa.Table) -> int:
     """Append dataset rows of a policy for those of its kept clips that have media of another policy.
 
-    `kept` has columns clip_id and attempt_id. Clips that are in the policy's dataset are left alone.
-    The rows are those of the other policy, all their columns. Returns how many were appended.
+    `kept` has columns clip_id and attempt_id, of the attempts that the views show. Clips that are in
+    the policy's dataset are left alone. The rows are those of the other policy, all their columns.
+    Returns how many were appended.
     """
     if not kept.num_rows:
         return 0
@@ -26,22 +27,22 @@ def share_media(lake: Lake, policy: str, kept: pa.Table) -> int:
         connection.register("_kept", kept)
         # A clip with rows of several policies has the same file in each: one of them is taken.
         connection.execute(
-            f"""CREATE TEMP TABLE _shared AS
-            SELECT clip_id, min(attempt_id) AS own, min((d_policy, d_attempt)) AS other FROM (
-                SELECT k.clip_id, k.attempt_id, d.policy AS d_policy, d.attempt_id AS d_attempt
-                FROM _kept k JOIN raw_dataset d USING (clip_id)
-                WHERE d.policy <> $policy
-                    AND d.attempt_id IN (SELECT attempt_id FROM raw_sources)
-                    AND k.clip_id NOT IN (
-                        SELECT clip_id FROM raw_dataset WHERE policy = $policy
-                        AND attempt_id IN (SELECT attempt_id FROM {LIVE_SOURCES})))
-            GROUP BY clip_id""",
+            """CREATE TEMP TABLE _shared AS
+            SELECT k.clip_id, min(k.attempt_id) AS own, min(d.policy) AS other_policy,
+                   arg_min(d.attempt_id, d.policy) AS other_attempt
+            FROM _kept k JOIN raw_dataset d USING (clip_id)
+            WHERE d.policy <> $policy
+                AND d.attempt_id IN (SELECT attempt_id FROM raw_sources)
+                AND k.clip_id NOT IN (
+                    SELECT clip_id FROM raw_dataset WHERE policy = $policy
+                    AND attempt_id IN (SELECT attempt_id FROM _kept))
+            GROUP BY k.clip_id""",
             {"policy": policy},
         )
         rows = connection.sql(
             """SELECT d.* REPLACE ($policy AS policy, s.own AS attempt_id)
-            FROM raw_dataset d JOIN _shared s
-            ON d.clip_id = s.clip_id AND d.policy = s.other[1] AND d.attempt_id = s.other[2]""",
+            FROM raw_dataset d JOIN _shared s ON d.clip_id = s.clip_id
+                AND d.policy = s.other_policy AND d.attempt_id = s.other_attempt""",
             params={"policy": policy},
         ).to_arrow_table()
     if rows.num_rows:

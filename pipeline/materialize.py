@@ -165,7 +165,8 @@ class _Work:
         missing = [clip_id for clip_id in clip_ids if clip_id not in known]
         result.shared = result.kept - result.present - len(missing)
         if result.shared and not self.result.dry_run:
-            result.shared = share_media(self.lake, result.policy, kept)
+            absent = pa.array([clip_id not in present for clip_id in clip_ids], pa.bool_())
+            result.shared = share_media(self.lake, result.policy, kept.filter(absent))
         wanted = missing if limit is None else missing[:limit]
         result.asked, result.later = len(wanted), len(missing) - len(wanted)
         if self.result.dry_run:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from tests.conftest import scene, write_video
 from tests.pipeline.lakes import rows
+from tests.tiny_vlm import vlm_models_file
 from winnow.operators.errors import ConfigError, LakeError, LedgerError
 from winnow.pipeline.backfill import latest_settings
 from winnow.pipeline.cli import app
@@ -49,6 +50,13 @@ CLIPS = 11
 BRIGHT = 3
 DARK = CLIPS - BRIGHT
 DARK_SOURCES = 4
+
+
+# Ray and the models use what is deprecated.
+models_warn = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+)  # fmt: skip
 
 
 def dark(images):
@@ -334,6 +342,49 @@ def test_killed_in_the_middle_it_goes_on(own, loose, tmp_path):
 
 
 @pytest.mark.slow
+@models_warn
+def test_captions_are_those_of_a_run_and_no_clip_gets_them_twice(folder, tmp_path, monkeypatch):
+    """Cut off after its captions and before its row in the dataset, a clip has its captions."""
+    stage = "{stage: caption, pixels: 65536, max_tokens: 4, workers: {max: 1}, decoders: 1, domain: general}"
+    lakes, given = {}, tmp_path / "in"
+    for file in ("1 half.mp4", "1 half.txt", "4 short.mp4"):
+        given.mkdir(exist_ok=True)
+        shutil.copy2(folder / "in #1" / file, given / file)
+    for name in ("strict", "loose"):
+        text = (folder / f"run_{name}.yaml").read_text().replace("- stage: shard", "")
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(f"{text}- {stage}\n- stage: shard\n")
+        models = vlm_models_file(tmp_path / "vlm")
+        lakes[name] = Lake(str(tmp_path / name))
+        settings = load_config(str(config), [f"models={models}", "commit.sources=1"])
+        run(settings, str(given), lakes[name])
+    lake = lakes["strict"]
+    captions = "SELECT * EXCLUDE attempt_id FROM captions ORDER BY clip_id, window_number, length"
+    refilter(lake, load_policy(str(folder / "loose.yaml")))
+    append = Lake.append
+
+    def crash(self, table, data, batch=None):
+        if table == "dataset" and batch[1] == 2:
+            raise LakeError("the power went")
+        append(self, table, data, batch)
+
+    monkeypatch.setattr(Lake, "append", crash)
+    with pytest.raises(LakeError, match="power"):
+        materialize(lake, "loose")
+    monkeypatch.undo()
+    assert len(rows(lake, "SELECT DISTINCT clip_id FROM captions")) == 3
+    assert len(dataset(lake)) == 2
+    assert rows(lake, captions) == rows(lakes["loose"], captions)
+    version = lake.open("captions").version()
+    result = materialize(lake, "loose")
+    assert (result.captioned, result.counts["failed"]) == (0, 0)
+    assert lake.open("captions").version() == version
+    assert dataset(lake) == dataset(lakes["loose"])
+    sound(lake)
+
+
+@pytest.mark.slow
+@models_warn
 def test_ray_makes_the_same(own, loose):
     settings = latest_settings(own, ["engine=ray", "isolate=true"])
     assert materialize(own, "loose", config=settings).counts["made"] == DARK
