@@ -430,6 +430,16 @@ def test_an_export_has_what_was_made(own, tmp_path):
     assert after.clips == CLIPS
 
 
+def test_media_that_policies_describe_differently_are_told(own):
+    with_media = rows(own, "SELECT clip_id, attempt_id, source_id, media_uri, bytes FROM dataset "
+                           "WHERE policy = 'strict' ORDER BY 1")  # fmt: skip
+    names = ("clip_id", "attempt_id", "source_id", "media_uri")
+    row = dict(zip(names, with_media[0], strict=False))
+    own.append("dataset", [row | {"policy": "other", "bytes": with_media[0][4] + 1}])
+    told = [finding.text for finding in check_lake(own).violations]
+    assert "media that are described differently" in told
+
+
 def test_the_commands(strict, folder, tmp_path):
     lake = copied(strict, tmp_path)
     place = ["--lake", lake.uri, "--policy"]
