@@ -22,8 +22,9 @@ import pyarrow as pa
 
 from winnow.operators.operator import Column
 from winnow.pipeline.config import load_config
-from winnow.pipeline.lake import Lake, arrow_schema
+from winnow.pipeline.lake import TABLES, Lake, arrow_schema
 from winnow.pipeline.policy import Policy, Rule, load_policy
+from winnow.pipeline.views import connect
 
 CLIPS = 1_000_000
 BATCH = 250_000
@@ -88,6 +89,30 @@ def build(uri: str, clips: int = CLIPS, scores: int = SCORES, dimensions: int = 
     return lake
 
 
+def add_dataset(lake: Lake, policy: str) -> int:
+    """Write the rows of a policy's dataset as if a run had encoded what it keeps. Returns how many."""
+    with connect(lake) as connection:
+        rows = connection.sql(
+            """SELECT c.clip_id, c.source_id, c.attempt_id, v.policy,
+                   '/data/lake/media/' || c.clip_id || '-libx264-crf18.mp4' AS media_uri,
+                   coalesce(c.content_type_label, 'unknown') AS content_type, '720' AS resolution,
+                   '16:9' AS aspect_ratio,
+                   CASE WHEN c.end_s < 5 THEN '0-5s' WHEN c.end_s < 10 THEN '5-10s'
+                       ELSE '10-30s' END AS length,
+                   5000000 AS bytes, c.end_frame AS frames, s.fps, s.width, s.height,
+                   c.end_s AS duration_s, false AS stream_copied, s.prompt
+            FROM clips c JOIN sources s USING (attempt_id) JOIN verdicts v USING (clip_id)
+            WHERE v.policy = $policy AND v.verdict = 'keep'""",
+            params={"policy": policy},
+        ).to_arrow_table()
+    known = arrow_schema(TABLES["dataset"])
+    lake.append_table(
+        "dataset",
+        pa.table({f.name: rows[f.name].cast(f.type) for f in known if f.name in rows.schema.names}),
+    )
+    return int(rows.num_rows)
+
+
 def _identities(start: int, count: int) -> pa.Table:
     with duckdb.connect() as connection:
         return connection.sql(
@@ -99,8 +124,6 @@ def _identities(start: int, count: int) -> pa.Table:
 
 def _table(name: str, count: int, columns: dict[str, Any]) -> pa.Table:
     """The table's own columns, NULL where nothing is given."""
-    from winnow.pipeline.lake import TABLES
-
     given = {key: value if isinstance(value, pa.Array | pa.ChunkedArray) else pa.array(value)
              for key, value in columns.items()}  # fmt: skip
     known = arrow_schema(TABLES[name])
@@ -160,12 +183,11 @@ def _refilter(lake: Lake) -> dict[str, Any]:
     from winnow.pipeline.refilter import refilter
 
     result = refilter(lake, strict())
-    return {"clips": result.clips, "verdicts": result.counts, "changed": result.changed}
+    return {"clips": result.clips, "verdicts": result.counts, "changed": result.changed,
+            "shared": result.shared}  # fmt: skip
 
 
 def _query(lake: Lake) -> dict[str, Any]:
-    from winnow.pipeline.views import connect
-
     with connect(lake) as connection:
         rows = connection.execute(
             """SELECT generator, verdict, count(*), avg(motion_mean), median(sharpness_mean)
@@ -184,7 +206,6 @@ def _diff(lake: Lake) -> dict[str, Any]:
 def _sample(lake: Lake) -> dict[str, Any]:
     """Ask the predicates clip by clip, as a run does, of a sample: the same verdicts."""
     from winnow.pipeline.policy import Evaluator
-    from winnow.pipeline.views import connect
 
     policy = strict()
     plain = policy.model_copy(update={"rules": tuple(r for r in policy.rules if not r.percentile)})
@@ -257,7 +278,9 @@ def main() -> None:
             results["build_s"] = round(time.perf_counter() - started, 1)
             from winnow.pipeline.refilter import refilter
 
-            refilter(lake, load_policy("generated"))  # stands in for the run's verdicts
+            # They stand in for the run's verdicts, and for what it encoded.
+            refilter(lake, load_policy("generated"))
+            add_dataset(lake, "generated")
         for step in STEPS:
             results[step] = measure(step, uri)
     print(json.dumps(results) if given.json else json.dumps(results, indent=1))

@@ -13,18 +13,16 @@ import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import duckdb
-import pyarrow as pa
 from pydantic_core import to_jsonable_python
 
 from winnow.operators.errors import ConfigError, LakeError, LedgerError, WinnowError
-from winnow.operators.frames import Span
 from winnow.operators.models import Models
 from winnow.operators.operator import BatchOperator, Operator
 from winnow.operators.registry import operator_class
@@ -38,25 +36,23 @@ from winnow.pipeline.planning import make_filter, place
 from winnow.pipeline.policy import Policy, predicate_columns
 from winnow.pipeline.refilter import latest_config
 from winnow.pipeline.reopen import Reopen, SourceFiles
+from winnow.pipeline.revisit import SourceProblems, in_batches, known_sources, unusable
 from winnow.pipeline.roster import Roster
-from winnow.pipeline.run import Engine, Progress, share_prompts
+from winnow.pipeline.run import Engine, Progress
 from winnow.pipeline.run_lock import Hold, hold_lake
 from winnow.pipeline.views import connect
 from winnow.stages.batch_filter import BatchFilter
 from winnow.stages.filter import Filter
 from winnow.stages.records import Clip, Source
-from winnow.stages.sidecars import Sidecar
 
 TABLES_IN_ORDER = ("measurements", "embeddings", "backfills")
 OUTCOMES = ("measured", "failed", "skipped", "unavailable")
 # The worst that happened to a clip in any pass is what is counted.
 _WEIGHT = {"skipped": 0, "measured": 1, "unavailable": 2, "failed": 3}
-# The operators were at the clip, with the right content: that it went wrong is a result.
-_FAILED_AT_WORK = ("crashed", "timeout", "internal")
 
 
 @dataclass
-class BackfillResult:
+class BackfillResult(SourceProblems):
     """What a backfill did. Every clip asked for is counted once, by the worst that befell it."""
 
     backfill_id: str
@@ -66,10 +62,6 @@ class BackfillResult:
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
     """measured; failed: an operator could not, and says why in its error column; skipped: the same
     version and settings have measured it; unavailable: its source is gone or has changed."""
-    problems: dict[str, int] = field(default_factory=dict)
-    """Sources by what was wrong with them: vanished, changed, unreadable, crashed, ..."""
-    examples: list[tuple[str, str]] = field(default_factory=list)
-    """Some sources that could not be measured, each with the reason."""
     measurements: int = 0
     """Rows written: one a clip and operator."""
     wall_s: float = 0.0
@@ -310,7 +302,7 @@ class _Work:
         """Reopen the sources, and one filter stage. No rule: nothing is decided here."""
         files = SourceFiles(self.options)
         label = stage_label(stage)
-        measuring = make_filter(stage, files, Models.read(self.config.models), label)  # type: ignore[arg-type]
+        measuring = make_filter(stage, files, Models.read(self.config.models), label)
         ingest = self.config.stage("ingest")
         places: tuple[Placement, ...] = (
             place(ingest, Reopen(files)),
@@ -342,7 +334,7 @@ class _Work:
             stream = self.hold.guard(engine(plan, sources, Roster()))
             described = {name: one.described[name] for name in operators}
             done = 0
-            for batch in self._batched(stream):
+            for batch in in_batches(stream, self.config.commit):
                 self._commit(plan, batch, asked, described)
                 for source in batch:
                     done += 1
@@ -396,69 +388,18 @@ class _Work:
         return found
 
     def _sources(self, plan: Plan, clip_ids: Sequence[str]) -> list[Source]:
-        """The sources of the clips, as the lake knows them, in the order of ingestion."""
+        """The clips' sources, with the columns that the operators need. Raises ConfigError."""
         needed = sorted({c for o in _operators(plan) for c in o.needs.columns})
         with connect(self.lake) as connection:
-            connection.register("wanted", pa.table({"clip_id": list(clip_ids)}))
             names = {row[0] for row in connection.execute("DESCRIBE clips").fetchall()}
-            lacking = [column for column in needed if column not in names]
-            if lacking:
-                raise ConfigError(
-                    f"the lake has no column {', '.join(lacking)}, which "
-                    f"{', '.join(o.name for o in _operators(plan))} needs: measure by the operator "
-                    "that writes it first, or in the same command"
-                )
-            more = "".join(f', c."{column}"' for column in needed)
-            table = connection.sql(
-                f"""SELECT s.uri, s.bytes, s.modified, s.etag, s.attempt_id, s.source_id, s.run_id,
-                    s.prompt, s.negative_prompt, s.seed, s.generator, s.group_key, s.input_uri,
-                    s.sidecar, s.sidecar_problem,
-                    c.clip_id, c.start_s, c.end_s, c.start_frame, c.end_frame{more}
-                FROM clips c JOIN sources s USING (attempt_id)
-                WHERE c.clip_id IN (SELECT clip_id FROM wanted)
-                ORDER BY s.seq, s.attempt_id, c.start_frame, c.clip_id"""
-            ).to_arrow_table()
-            prompts = connection.execute(
-                "SELECT DISTINCT run_id, prompt FROM sources WHERE prompt <> ''"
-            ).fetchall()
-        sources: dict[str, Source] = {}
-        runs: dict[str, list[Source]] = {}
-        seen: set[str] = set()
-        for row in table.to_pylist():
-            # Two attempts at the same content have the same clips: one of them is enough.
-            if row["clip_id"] in seen:
-                continue
-            seen.add(row["clip_id"])
-            source = sources.get(row["attempt_id"])
-            if source is None:
-                source = sources[row["attempt_id"]] = _source(len(sources), row)
-                runs.setdefault(row["run_id"], []).append(source)
-            source.clips.append(
-                Clip(
-                    row["clip_id"],
-                    Span(row["start_frame"], row["end_frame"]),
-                    row["start_s"],
-                    row["end_s"],
-                    {column: row[column] for column in needed},
-                )
+        lacking = [column for column in needed if column not in names]
+        if lacking:
+            raise ConfigError(
+                f"the lake has no column {', '.join(lacking)}, which "
+                f"{', '.join(o.name for o in _operators(plan))} needs: measure by the operator "
+                "that writes it first, or in the same command"
             )
-        # Compared with the prompts of the run that found them, as that run would have.
-        for run_id, members in runs.items():
-            others = [_prompt_only(prompt) for run, prompt in prompts if run == run_id]
-            share_prompts([*members, *others])
-        return list(sources.values())
-
-    def _batched(self, stream: Iterable[Source]) -> Iterator[list[Source]]:
-        limits = self.config.commit
-        batch: list[Source] = []
-        since = time.monotonic()
-        for source in stream:
-            batch.append(source)
-            if len(batch) >= limits.sources or time.monotonic() - since >= limits.seconds:
-                yield batch
-                batch, since = [], time.monotonic()
-        if batch:
-            yield batch
+        return known_sources(self.lake, clip_ids, needed)
 
     def _commit(
         self,
@@ -478,9 +419,9 @@ class _Work:
             clips = source.clips
             failure = None
             if not source.pending and source.status != "done":
-                self._tell(source)
+                self.result.tell_source(source)
                 clips = list(asked[source.ordinal])
-                if source.media is None and source.error_kind not in _FAILED_AT_WORK:
+                if unusable(source):
                     outcomes |= dict.fromkeys((c.clip_id for c in clips), "unavailable")
                     continue
                 failure = f"{source.error_kind}: {source.error}"[:500]
@@ -526,12 +467,6 @@ class _Work:
             if _WEIGHT[outcome] > _WEIGHT[self.outcomes[clip_id]]:
                 self.outcomes[clip_id] = outcome
 
-    def _tell(self, source: Source) -> None:
-        kind = source.error_kind or "unknown"
-        self.result.problems[kind] = self.result.problems.get(kind, 0) + 1
-        if len(self.result.examples) < 10:
-            self.result.examples.append((source.uri, source.error or kind))
-
 
 def _operators(plan: Plan) -> tuple[Operator, ...]:
     stage = plan.stages[-1]
@@ -546,35 +481,6 @@ def _values(operator: Operator, clip: Clip, failure: str | None) -> dict[str, An
         nothing = dict.fromkeys(column.name for column in operator.columns)
         return {**nothing, error: failure or "not measured"}
     return {name: clip.columns[name] for name in (*(c.name for c in operator.columns), error)}
-
-
-def _source(ordinal: int, row: Mapping[str, Any]) -> Source:
-    return Source(
-        ordinal=ordinal,
-        uri=row["uri"],
-        key=row["uri"],
-        bytes=row["bytes"],
-        modified=row["modified"],
-        etag=row["etag"],
-        attempt_id=row["attempt_id"],
-        source_id=row["source_id"],
-        # What the operators were told of the video then, not what stands beside it now.
-        sidecar=Sidecar(
-            generator=row["generator"],
-            prompt=row["prompt"],
-            negative_prompt=row["negative_prompt"],
-            seed=row["seed"],
-            group_key=row["group_key"],
-            input_path=row["input_uri"],
-            fields=row["sidecar"],
-            problem=row["sidecar_problem"],
-        ),
-    )
-
-
-def _prompt_only(prompt: str) -> Source:
-    """Stands for another generation of a run, of which only the prompt matters."""
-    return Source(-1, "", "", 0, 0.0, None, "", sidecar=Sidecar(prompt=prompt))
 
 
 def _recorded(

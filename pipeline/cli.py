@@ -15,6 +15,8 @@ from winnow.pipeline.critic.commands import critic_app
 from winnow.pipeline.export_command import export
 from winnow.pipeline.index_commands import index_app
 from winnow.pipeline.lake_commands import lake_app
+from winnow.pipeline.materialize_command import as_json as materialized_json
+from winnow.pipeline.materialize_command import command_for, materialize, print_materialized
 from winnow.pipeline.policy_commands import policy_app
 from winnow.pipeline.query_commands import search, sql
 
@@ -35,7 +37,7 @@ app.add_typer(critic_app, name="critic")
 app.add_typer(policy_app, name="policy")
 app.add_typer(index_app, name="index")
 app.add_typer(lake_app, name="lake")
-for command in (sql, search, measure, export):
+for command in (sql, search, measure, export, materialize):
     app.command()(command)
 models_app = typer.Typer(help="Look at and fetch the models.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
@@ -171,6 +173,9 @@ def refilter(
     policy: Annotated[str, typer.Option("--policy", "-p", help="path of a YAML file, or a name")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="count only, write nothing")] = False,
     wait: WaitOption = False,
+    make_media: Annotated[
+        bool, typer.Option("--materialize", help="make the media of clips newly kept, as well")
+    ] = False,
     storage_option: StorageOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -181,13 +186,16 @@ def refilter(
     from winnow.pipeline.policy import load_policy
     from winnow.pipeline.refilter import refilter as decide_again
 
-    result = decide_again(
-        _lake(lake, _pairs(storage_option)),
-        load_policy(policy),
-        dry_run=dry_run,
-        wait=wait,
-        told=complain,
-    )
+    options = _pairs(storage_option)
+    opened = _lake(lake, options)
+    result = decide_again(opened, load_policy(policy), dry_run=dry_run, wait=wait, told=complain)
+    made = None
+    if make_media and not dry_run:
+        from winnow.pipeline.console import run_progress
+        from winnow.pipeline.materialize import materialize as make
+
+        with run_progress() as progress:
+            made = make(opened, result.policy, progress=progress, options=options, wait=wait)
     if json_output:
         print_json(
             {
@@ -196,23 +204,30 @@ def refilter(
                 "verdicts": result.counts,
                 "changed": result.changed,
                 "kept_without_media": result.kept_without_media,
+                "shared_media": result.shared,
+                "materialized": materialized_json(made) if made else None,
                 "limits": [asdict(limit) for limit in result.limits],
                 "not_calibrated": result.not_calibrated,
                 "inputs": None if result.inputs is None else result.inputs.as_dict(),
                 "written": not dry_run,
             }
         )
-        return
+        raise typer.Exit(FAILED if made and made.useless else 0)
     counts = " + ".join(f"{n} {name}" for name, n in sorted(result.counts.items())) or "0"
     say(f"policy {result.policy}: clips {result.clips} = {counts}; {result.changed} changed")
     for line in (*map(str, result.limits), *result.not_calibrated):
         say(line)
     if result.inputs is not None:
         say(str(result.inputs))
+    if result.shared:
+        say(f"{result.shared} kept clips have media of another policy: they are in the dataset now")
+    if made:
+        print_materialized(made, lake)
+        raise typer.Exit(FAILED if made.useless else 0)
     if result.kept_without_media:
         say(
             f"{result.kept_without_media} of the kept clips have no media yet, so they are not in "
-            "the dataset"
+            f"the dataset. Make them: {command_for(lake, result.policy)}"
         )
 
 

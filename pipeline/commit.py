@@ -66,18 +66,15 @@ class Committer:
                  "vector": vector.tolist()}
                 for model, vector in clip.vectors.items()
             ]  # fmt: skip
-            rows["captions"] += [
-                {"clip_id": clip.clip_id, "attempt_id": source.attempt_id, **asdict(caption)}
-                for caption in clip.captions
-            ]
-            rows["verdicts"].append(self._verdict_row(clip.clip_id, source, clip.decision))
+            rows["captions"] += caption_rows(source, clip)
+            rows["verdicts"].append(self.verdict_row(clip.clip_id, source, clip.decision))
             if clip.decision.verdict == "keep" and clip.media is not None:
-                rows["dataset"].append(self._dataset_row(source, clip))
+                rows["dataset"].append(self.dataset_row(source, clip))
         for demotion in source.demotions:
             replaced = Decision(
                 "duplicate", ("duplicate",), demotion.duplicate_of, demotion.similarity
             )
-            rows["verdicts"].append(self._verdict_row(demotion.clip_id, source, replaced))
+            rows["verdicts"].append(self.verdict_row(demotion.clip_id, source, replaced))
 
     def _source_row(self, source: Source, seq: int) -> dict[str, Any]:
         row: dict[str, Any] = {
@@ -142,7 +139,7 @@ class Committer:
             **clip.columns,
         }
 
-    def _verdict_row(self, clip_id: str, source: Source, decision: Decision) -> dict[str, Any]:
+    def verdict_row(self, clip_id: str, source: Source, decision: Decision) -> dict[str, Any]:
         return {
             "clip_id": clip_id,
             "attempt_id": source.attempt_id,
@@ -156,7 +153,7 @@ class Committer:
             "decided_by": self.run_id,
         }
 
-    def _dataset_row(self, source: Source, clip: Clip) -> dict[str, Any]:
+    def dataset_row(self, source: Source, clip: Clip) -> dict[str, Any]:
         assert clip.media is not None
         return {
             "clip_id": clip.clip_id,
@@ -175,3 +172,11 @@ class Committer:
             "stream_copied": clip.media.copied,
             "prompt": source.sidecar.prompt if source.sidecar else None,
         }
+
+
+def caption_rows(source: Source, clip: Clip) -> list[dict[str, Any]]:
+    """The rows of a clip in `captions`."""
+    return [
+        {"clip_id": clip.clip_id, "attempt_id": source.attempt_id, **asdict(caption)}
+        for caption in clip.captions
+    ]

@@ -49,7 +49,7 @@ class Decisions:
 
     table: pa.Table
     """Columns clip_id, attempt_id, verdict, reasons, duplicate_of, similarity; `old`, the verdict
-    before, and `has_media`."""
+    before, and `has_media`, of whatever policy."""
     limits: list[Limit]
     not_calibrated: list[str]
     inputs: InputClips | None
@@ -113,7 +113,9 @@ def _read(
     return connection.sql(
         f"""SELECT c.clip_id AS _clip_id, c.attempt_id AS _attempt, v.verdict AS _old,
                split_part(c.failure, ':', 1) AS _failed,
-               c.clip_id IN (SELECT clip_id FROM raw_dataset) AS _media,
+               c.clip_id IN (
+                   SELECT clip_id FROM raw_dataset
+                   WHERE attempt_id IN (SELECT attempt_id FROM raw_sources)) AS _media,
                {", ".join(cells)}
         FROM clips c JOIN sources s ON s.attempt_id = c.attempt_id
         LEFT JOIN (

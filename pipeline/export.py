@@ -174,7 +174,7 @@ class _Exporter:
         result.media_without_hash = without_hash(self.connection, policy)
         without = kept_without_media(self.connection, policy)
         result.problems += [
-            Problem(clip_id, None, "kept, but it has no media in the dataset")
+            Problem(clip_id, None, "kept, but it has no media: `winnow materialize` makes them")
             for clip_id in without
         ]
         media = Media(

@@ -159,7 +159,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("duplicate_of", pa.string(), "the clip that stays"),
         Column("similarity", pa.float64(), "cosine similarity to it", "", "-1..1"),
         Column("seq", pa.int64(), "order of decision in the lake"),
-        Column("decided_by", pa.string(), "the run or refilter that decided"),
+        Column("decided_by", pa.string(), "the run, refilter or materialisation that decided"),
     ),
     "dataset": _table(
         _CLIP_ID,

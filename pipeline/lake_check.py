@@ -159,6 +159,9 @@ _CHECKS: tuple[tuple[str, str, str], ...] = (
      """SELECT d.clip_id || ' by ' || d.policy FROM stored_dataset d WHERE NOT EXISTS (
             SELECT 1 FROM raw_verdicts v
             WHERE v.clip_id = d.clip_id AND v.policy = d.policy AND v.verdict = 'keep')"""),
+    ("dataset", "media that are described differently",
+     """SELECT media_uri FROM raw_dataset WHERE attempt_id IN (SELECT attempt_id FROM committed)
+        GROUP BY media_uri HAVING count(DISTINCT (clip_id, bytes, frames, width, height)) > 1"""),
     ("embeddings", "vectors that are there more than once",
      "SELECT clip_id || ' of ' || model FROM embeddings GROUP BY clip_id, model HAVING count(*) > 1"),
     ("embeddings", "vectors of clips that are not in the lake",
@@ -228,6 +231,7 @@ def check_lake(
             told(f"{check}: {wrong}?")
             found += _ask(connection, check, wrong, query)
         _check_counts(connection, result)
+        _check_kept(connection, result)
         _check_identities(connection, result)
         _count_rows(connection, result)
         told("media: are the files there?")
@@ -298,6 +302,22 @@ def _check_counts(connection: duckdb.DuckDBPyConnection, result: CheckResult) ->
         if said != there.get(run_id, {}):
             differing.append(f"{run_id} (said {said}, there are {there.get(run_id, {})})")
     result.violations += _finding("ledger", "runs that counted otherwise", differing)
+
+
+def _check_kept(connection: duckdb.DuckDBPyConnection, result: CheckResult) -> None:
+    """Where runs make media, a policy's kept clips are in its dataset, or wait to be made."""
+    configs = connection.execute("SELECT config FROM raw_runs").fetchall()
+    made = [stage.get("stage") for (text,) in configs
+            for stage in json.loads(text or "{}").get("stages", ())]  # fmt: skip
+    if "shard" not in made:
+        return
+    result.notes += _ask(
+        connection,
+        "dataset",
+        "kept clips without media: `winnow materialize --policy` makes them",
+        """SELECT clip_id || ' by ' || policy FROM judged j WHERE verdict = 'keep' AND NOT EXISTS (
+            SELECT 1 FROM dataset d WHERE d.clip_id = j.clip_id AND d.policy = j.policy)""",
+    )
 
 
 def _check_identities(connection: duckdb.DuckDBPyConnection, result: CheckResult) -> None:

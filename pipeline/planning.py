@@ -37,7 +37,7 @@ from winnow.stages.filter import Filter
 from winnow.stages.ingest import Claim, Ingest
 from winnow.stages.shard import Buckets, Shard
 from winnow.stages.split import Split
-from winnow.stages.stage import BatchStage, Stage
+from winnow.stages.stage import BatchStage, Files, MediaSink, Stage
 from winnow.stages.transcode import Transcode
 
 GPU_WORKERS = 8
@@ -57,7 +57,7 @@ def make_plan(
     placements: list[Placement] = []
     models = Models.read(config.models)
     for stage in config.stages:
-        placements.append(place(stage, _construct(stage, policy, files, media, lake, models)))
+        placements.append(place(stage, construct(stage, policy, files, media, lake, models)))
         if isinstance(stage, IngestConfig):
             placements.append(Placement(Claim(dict(claimed)), isolated=False))
     _measure_ahead(config, placements)
@@ -127,7 +127,7 @@ def place(config: Any, stage: Stage) -> Placement:
     )
 
 
-def make_filter(config: FilterConfig, files: Storage, models: Models, label: str) -> Stage:
+def make_filter(config: FilterConfig, files: Files, models: Models, label: str) -> Stage:
     """A filter stage's operators either all measure while a clip is decoded, or all have models."""
     operators = build_operators(config)
     batched = tuple(o for o in operators if isinstance(o, BatchOperator))
@@ -153,9 +153,10 @@ def make_filter(config: FilterConfig, files: Storage, models: Models, label: str
     )  # fmt: skip
 
 
-def _construct(
-    config: Any, policy: Policy, files: Storage, media: Storage, lake: Lake, models: Models
+def construct(
+    config: Any, policy: Policy, files: Files, media: MediaSink, lake: Lake, models: Models
 ) -> Stage:
+    """The stage that a configuration describes."""
     label = stage_label(config)
     match config:
         case IngestConfig():

@@ -16,6 +16,7 @@ from tenacity import RetryError
 
 from winnow.operators.errors import ConfigError, LakeError
 from winnow.pipeline.config import RunConfig
+from winnow.pipeline.dataset_rows import share_media
 from winnow.pipeline.decide import decide
 from winnow.pipeline.input_clips import InputClips
 from winnow.pipeline.lake import TABLES, Lake, arrow_schema, sequence_number
@@ -36,8 +37,10 @@ class RefilterResult:
     changed: int = 0
     """Clips whose verdict differs from the latest one before."""
     kept_without_media: int = 0
-    """Newly kept clips whose media no run has made yet: a duplicate whose better copy is rejected
-    now may become the one to keep, and was never encoded."""
+    """Kept clips that were never encoded: no policy kept them before. `winnow materialize` makes
+    their media."""
+    shared: int = 0
+    """Clips that were added to the policy's dataset with the media that another policy has."""
     limits: list[Limit] = field(default_factory=list)
     """Where the percentiles of the policy's rules lie, by rule and group."""
     not_calibrated: list[str] = field(default_factory=list)
@@ -55,7 +58,9 @@ def refilter(
     wait: bool = False,
     told: Callable[[str], None] = lambda line: None,
 ) -> RefilterResult:
-    """Apply a policy to every clip of the lake and append the verdicts.
+    """Apply a policy to every clip of the lake and append the verdicts, and rows of its dataset.
+
+    A kept clip that has media of whatever policy goes into the policy's dataset.
 
     Near-duplicates are decided anew too, by the same rule, in the order of ingestion, with the
     embedding and threshold of `config`, by default that of the lake's latest run. The lake is held
@@ -101,7 +106,10 @@ def _refilter(
     )
     if hold is not None and table.num_rows:
         hold.check()
+        ready = table.select(["clip_id", "attempt_id"]).filter(pc.and_(keep, table["has_media"]))
         _append(lake, table, policy, policy_hash(policy, config))
+        del decisions, table
+        result.shared = share_media(lake, policy.name, ready)
     return result
 
 

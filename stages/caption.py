@@ -152,12 +152,12 @@ class Caption(BatchStage):
         self._backend = None
 
     def wants(self, source: Source) -> bool:
-        return any(clip.alive for clip in source.clips)
+        return any(clip.alive and not clip.captioned for clip in source.clips)
 
     def collect(self, source: Source) -> CollectedClips | None:
         """The sampled frames of the clips alive. A file that cannot be read fails the captions only:
         the clips have their verdict and their media."""
-        clips = [clip for clip in source.clips if clip.alive]
+        clips = [clip for clip in source.clips if clip.alive and not clip.captioned]
         if not clips:
             return None
         try:

@@ -94,6 +94,8 @@ class Clip:
     decision: Decision = field(default_factory=Decision)
     media: ClipMedia | None = None
     captions: list[Caption] = field(default_factory=list)
+    captioned: bool = False
+    """The lake has captions of it: it gets no more."""
     partition: dict[str, str] = field(default_factory=dict)
 
     @property
