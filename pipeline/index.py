@@ -301,7 +301,7 @@ class MilvusIndex:
 
     def _forget(self) -> None:
         """Let the collection answer for what was written lately, once it is much."""
-        if len(self._recent) + len(self._removed) >= RECENT:
+        if self._recent.entries + len(self._removed) >= RECENT:
             self._recent, self._removed, self._waited = ExactIndex(), set(), False
         if self._embedded:  # a server does it in its own time
             self.flush()

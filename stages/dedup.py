@@ -101,7 +101,8 @@ class ExactIndex:
         self._ages: list[int] = []
         self._rows: dict[str, int] = {}
 
-    def __len__(self) -> int:
+    @property
+    def entries(self) -> int:
         return len(self._rows)
 
     def __contains__(self, clip_id: str) -> bool:
