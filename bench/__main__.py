@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-BENCHMARKS = ("operators", "whole_run", "memory", "shots", "fingerprint", "models", "index")
+BENCHMARKS = ("operators", "whole_run", "memory", "shots", "fingerprint", "models", "lake", "index")
 OUT = Path(__file__).parent / "out"
 
 

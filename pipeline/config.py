@@ -97,10 +97,35 @@ class FilterConfig(ModelStageConfig):
 
 
 class IndexConfig(Strict):
+    kind: Literal["milvus", "memory"] = Field(
+        "milvus",
+        description="milvus, or memory: read from the lake when a run starts and searched exactly; "
+        "4 bytes a float and clip",
+    )
     uri: str | None = Field(
         None, description="a Milvus server (http://host:19530); default: milvus-lite in the lake"
     )
     token: SecretStr | None = Field(None, description="credentials of the server, user:password")
+    index_type: Literal["FLAT", "HNSW"] = Field(
+        "FLAT",
+        description="FLAT compares with every kept clip; HNSW (M 16, efConstruction 200), on a "
+        "server only, is faster and may miss a duplicate; what it finds is compared exactly",
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> IndexConfig:
+        if self.kind == "memory" and (self.uri or self.token or self.index_type != "FLAT"):
+            raise ValueError(
+                "kind: memory is exact and has no server: leave out uri, token and index_type, or "
+                "say kind: milvus"
+            )
+        if self.index_type == "HNSW" and "://" not in (self.uri or ""):
+            raise ValueError(
+                "index_type: HNSW needs a Milvus server (uri: http://host:19530): milvus-lite takes "
+                "every clip in hand for each search, whatever the index; for many clips without a "
+                "server say kind: memory"
+            )
+        return self
 
 
 class DedupConfig(StageConfig):

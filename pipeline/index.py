@@ -1,8 +1,8 @@
 """Milvus indexes of clips, as milvus-lite inside the lake or on a server.
 
-They are derived from the lake and may be deleted at any time. The index of dedup holds the kept
-clips of one embedding model under one policy, and is reconciled with the lake's verdicts when a run
-starts. The indexes of search (pipeline/search.py) hold all clips, by a vector or by their words.
+They are derived from the lake and may be deleted at any time. The index of dedup
+(pipeline/kept_index.py) holds the kept clips; those of search (pipeline/search_index.py) hold all
+clips, by a vector or by their words.
 """
 
 from __future__ import annotations
@@ -16,15 +16,21 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from winnow.operators.errors import IndexUnavailable
 from winnow.pipeline.lake import Lake
-from winnow.pipeline.views import connect
-from winnow.stages.dedup import SLACK, Entry, Neighbour, cosine, picture_pixels
+from winnow.stages.dedup import SLACK, Entry, ExactIndex, Neighbour, cosine
+
+IndexType = Literal["FLAT", "HNSW"]
+BUILT: dict[str, dict[str, int]] = {"FLAT": {}, "HNSW": {"M": 16, "efConstruction": 200}}
+"""How the vectors of an index of each type are arranged."""
+_LEAST_EF = 128
+RECENT = 1000
+"""Clips that are also held in memory, before a search waits for the server to show them."""
 
 NEIGHBOURS = 64
 _BATCH = 1000
@@ -46,11 +52,19 @@ def default_index_uri(lake: Lake) -> str:
 
 @dataclass
 class MilvusIndex:
-    """Kept clips in a Milvus collection, with strong consistency: it sees its own writes."""
+    """Kept clips in a Milvus collection. It sees its own writes at once.
+
+    A server shows a write to a search only after its next tick, a fifth of a second later. What this
+    process wrote lately is therefore searched in memory, and the rest on the server without waiting;
+    every thousand writes one search does wait. The answers are those of strong consistency, provided
+    that nobody else writes to the collection meanwhile.
+    """
 
     uri: str
     collection: str
     token: str = ""
+    index_type: IndexType = "FLAT"
+    """Of a collection that is created here. FLAT compares with every clip; HNSW may miss a few."""
     searched: ClassVar[str] = "vector"
     """The field that is searched."""
     content: ClassVar[str] = "vector"
@@ -58,6 +72,16 @@ class MilvusIndex:
     metric: ClassVar[str] = "COSINE"
     _client: Any = field(default=None, repr=False)
     _age: int | None = field(default=None, repr=False)
+    _recent: ExactIndex = field(default_factory=ExactIndex, repr=False)
+    _removed: set[str] = field(default_factory=set, repr=False)
+    """Removed since the server was last waited for: it may still find them."""
+    _waited: bool = field(default=False, repr=False)
+    """A search has seen everything that is neither in `_recent` nor in `_removed`."""
+    _unflushed: int = field(default=0, repr=False)
+
+    @property
+    def _embedded(self) -> bool:
+        return "://" not in self.uri
 
     def open(self, dimensions: int | None = None) -> None:
         """Connect, and create the collection where `dimensions` is given and it is missing."""
@@ -65,7 +89,7 @@ class MilvusIndex:
 
         # It warns of what milvus-lite lacks and does not need (a server's clock for iterators).
         logging.getLogger("pymilvus").setLevel(logging.ERROR)
-        if "://" not in self.uri:
+        if self._embedded:
             Path(self.uri).parent.mkdir(parents=True, exist_ok=True)
         with _explained(self.uri):
             self._client = MilvusClient(self.uri, token=self.token)
@@ -83,19 +107,39 @@ class MilvusIndex:
         schema.add_field("pixels", DataType.INT64)
         schema.add_field("age", DataType.INT64)
         indexes = self._client.prepare_index_params()
-        # Dedup must not miss a neighbour: FLAT is exact. A server with many millions of clips
-        # trades that for an approximate index by its own configuration.
-        indexes.add_index("vector", index_type="FLAT", metric_type="COSINE")
+        self._describe_index(indexes)
         self._client.create_collection(
             self.collection, schema=schema, index_params=indexes, consistency_level="Strong"
         )
+
+    def _describe_index(self, indexes: Any) -> None:
+        indexes.add_index(
+            "vector", index_type=self.index_type, metric_type="COSINE",
+            params=BUILT[self.index_type],
+        )  # fmt: skip
+
+    def use_index_type(self) -> None:
+        """Index the collection anew where it was made with another index type than is wanted."""
+        with _explained(self.uri):
+            if not self.present:
+                return
+            (name,) = self._client.list_indexes(self.collection, field_name="vector")
+            found = self._client.describe_index(self.collection, name)["index_type"]
+            if found == self.index_type:
+                return
+            self._client.release_collection(self.collection)
+            self._client.drop_index(self.collection, name)
+            indexes = self._client.prepare_index_params()
+            self._describe_index(indexes)
+            self._client.create_index(self.collection, indexes)
+            self._client.load_collection(self.collection)
 
     @property
     def present(self) -> bool:
         return bool(self._client.has_collection(self.collection))
 
     def _rows(self, fields: list[str]) -> Iterator[dict[str, Any]]:
-        if "://" not in self.uri:
+        if self._embedded:
             # milvus-lite reads everything for every page: one page.
             yield from self._client.query(
                 self.collection, filter="", output_fields=fields, limit=_ALL,
@@ -112,29 +156,38 @@ class MilvusIndex:
             iterator.close()
 
     def search(self, vector: NDArray[np.float32], threshold: float) -> list[Neighbour]:
+        found = self._recent.search(vector, threshold)
         with _explained(self.uri):
-            if not self.present:
-                return []
+            hits = self._near(vector, threshold) if self.present else []
+        for fields in hits:
+            clip_id = fields["clip_id"]
+            if clip_id in self._removed or clip_id in self._recent:
+                continue  # as it was before
+            similarity = cosine(vector, np.array(fields["vector"], np.float32))
+            if similarity >= threshold:
+                found.append(Neighbour(clip_id, similarity, fields["pixels"], fields["age"]))
+        return found
+
+    def _near(self, vector: NDArray[np.float32], threshold: float) -> list[dict[str, Any]]:
+        """The fields of all clips of the collection that may reach the threshold."""
+        limit = NEIGHBOURS
+        while True:
+            params: dict[str, Any] = {"radius": threshold - SLACK}
+            if self.index_type == "HNSW":
+                params["ef"] = max(_LEAST_EF, 2 * limit)
             (hits,) = self._client.search(
                 self.collection,
                 data=[vector.tolist()],
-                limit=NEIGHBOURS,
+                limit=limit,
                 output_fields=["clip_id", "vector", "pixels", "age"],
-                search_params={"metric_type": "COSINE", "params": {"radius": threshold - SLACK}},
-                consistency_level="Strong",
+                search_params={"metric_type": "COSINE", "params": params},
+                consistency_level="Bounded" if self._waited else "Strong",
             )
-        # By the entity: where the hit itself keeps the key differs between servers.
-        entities = [hit["entity"] for hit in hits]
-        found = [
-            Neighbour(
-                fields["clip_id"],
-                cosine(vector, np.array(fields["vector"], np.float32)),
-                fields["pixels"],
-                fields["age"],
-            )
-            for fields in entities
-        ]
-        return [near for near in found if near.similarity >= threshold]
+            self._waited = True
+            if len(hits) < limit or limit == _SERVER_LIMIT:
+                # By the entity: where the hit itself keeps the key differs between servers.
+                return [hit["entity"] for hit in hits]
+            limit = min(8 * limit, _SERVER_LIMIT)
 
     def nearest(
         self, query: Any, count: int, among: Collection[str] | None = None
@@ -160,7 +213,7 @@ class MilvusIndex:
             return self._ask(query, count)
         # Filters of milvus-lite compare every row with every id: more hits than needed cost less.
         entries = self.entries
-        most = _SERVER_LIMIT if "://" in self.uri else entries
+        most = entries if self._embedded else _SERVER_LIMIT
         limit = min(max(4 * count, NEIGHBOURS), most)
         while True:
             hits = self._ask(query, limit)
@@ -221,11 +274,39 @@ class MilvusIndex:
         return {row["clip_id"]: row[self.content] for row in rows}
 
     def add(self, entry: Entry) -> None:
-        self.add_all([entry])
+        self._upsert([entry])
+        self._recent.add(entry)
+        self._removed.discard(entry.clip_id)
+        self._forget()
 
     def add_all(self, entries: Sequence[Entry]) -> None:
+        """Add many clips; `flush` when they are all there."""
         if not entries:
             return
+        self._upsert(entries)
+        self._recent.remove([e.clip_id for e in entries if e.clip_id in self._recent])
+        self._removed.difference_update(entry.clip_id for entry in entries)
+        self._waited = False
+
+    def flush(self) -> None:
+        """Have what was written lately indexed, where it is much.
+
+        milvus-lite compares with unflushed clips one by one, in Python; a server builds its index
+        of what is flushed.
+        """
+        if self._unflushed >= RECENT:
+            with _explained(self.uri):
+                self._client.flush(self.collection)
+            self._unflushed = 0
+
+    def _forget(self) -> None:
+        """Let the collection answer for what was written lately, once it is much."""
+        if self._recent.entries + len(self._removed) >= RECENT:
+            self._recent, self._removed, self._waited = ExactIndex(), set(), False
+        if self._embedded:  # a server does it in its own time
+            self.flush()
+
+    def _upsert(self, entries: Sequence[Entry]) -> None:
         with _explained(self.uri):
             if not self.present:
                 self._create(len(entries[0].vector))
@@ -236,6 +317,7 @@ class MilvusIndex:
                     for e in entries[start : start + _BATCH]
                 ]  # fmt: skip
                 self._client.upsert(self.collection, batch)
+        self._unflushed += len(entries)
         if self._age is not None:
             self._age = max(self._age, *(entry.age + 1 for entry in entries))
 
@@ -243,6 +325,9 @@ class MilvusIndex:
         with _explained(self.uri):
             for start in range(0, len(clip_ids), _BATCH):
                 self._client.delete(self.collection, ids=list(clip_ids[start : start + _BATCH]))
+        self._recent.remove([clip_id for clip_id in clip_ids if clip_id in self._recent])
+        self._removed.update(clip_ids)
+        self._forget()
 
     def contents(self) -> dict[str, int]:
         """Age by clip id, of everything in the collection."""
@@ -255,7 +340,8 @@ class MilvusIndex:
         with _explained(self.uri):
             if self.present:
                 self._client.drop_collection(self.collection)
-        self._age = 0
+        self._recent, self._removed, self._waited = ExactIndex(), set(), False
+        self._age = self._unflushed = 0
 
     def next_age(self) -> int:
         if self._age is None:
@@ -310,6 +396,7 @@ class WordIndex(MilvusIndex):
                 batch = [{"clip_id": clip_id, "words": plain_words(text), "age": digest}
                          for clip_id, text, digest in texts[start : start + _BATCH]]  # fmt: skip
                 self._client.upsert(self.collection, batch)
+        self._unflushed += len(texts)
 
     def _asked(self, query: Any) -> Any:
         return plain_words(query)
@@ -337,67 +424,3 @@ def _explained(uri: str) -> Iterator[None]:
             f"the vector index at {uri} does not answer: {error}. If another run owns it, wait for "
             "that run; if the files are broken, delete them: the index is rebuilt from the lake"
         ) from error
-
-
-@dataclass(frozen=True)
-class OpenKeptIndex:
-    """Opens the index of a run and brings it in line with the lake. Picklable."""
-
-    lake: Lake
-    uri: str
-    token: str
-    embedding: str
-    policy: str
-
-    @property
-    def collection(self) -> str:
-        name = "kept_" + re.sub(r"\W", "_", f"{self.embedding}__{self.policy}")
-        if "://" not in self.uri:
-            return name
-        # A server may be shared by several lakes.
-        return f"{name}__{hashlib.sha256(self.lake.uri.encode()).hexdigest()[:12]}"
-
-    def __call__(self) -> MilvusIndex:
-        index = MilvusIndex(self.uri, self.collection, self.token)
-        index.open()
-        self.reconcile(index)
-        return index
-
-    def reconcile(self, index: MilvusIndex) -> None:
-        """Remove what is not kept in the lake (an uncommitted attempt), add what is missing."""
-        wanted = {entry.clip_id: entry for entry in self.kept_entries()}
-        held = index.contents()
-        extra = [clip_id for clip_id, age in held.items()
-                 if clip_id not in wanted or wanted[clip_id].age != age]  # fmt: skip
-        if len(extra) == len(held) and held:
-            index.clear()
-        else:
-            index.remove(extra)
-        gone = set(extra)
-        index.add_all([e for e in wanted.values() if e.clip_id not in held or e.clip_id in gone])
-
-    def kept_entries(self) -> list[Entry]:
-        """The kept clips of the lake under the policy, oldest first."""
-        if not self.lake.exists():
-            return []
-        with connect(self.lake) as connection:
-            has_border = connection.execute(
-                "SELECT count(*) FROM column_docs WHERE table_name = 'clips' "
-                "AND column_name = 'border_width'"
-            ).fetchone() == (1,)
-            border = "c.border_width, c.border_height" if has_border else "NULL, NULL"
-            rows = connection.execute(
-                f"""SELECT c.clip_id, e.vector, s.width, s.height, {border}
-                FROM verdicts v JOIN clips c USING (clip_id) JOIN sources s ON s.attempt_id = c.attempt_id
-                JOIN embeddings e ON e.clip_id = c.clip_id
-                WHERE v.policy = ? AND v.verdict = 'keep' AND e.model = ?
-                QUALIFY row_number() OVER (PARTITION BY c.clip_id ORDER BY s.seq, e.attempt_id) = 1
-                ORDER BY s.seq, c.start_frame, c.clip_id""",
-                [self.policy, self.embedding],
-            ).fetchall()
-        return [
-            Entry(
-                clip_id, np.array(vector, np.float32), picture_pixels(inner_w, inner_h, w, h), age
-            )
-            for age, (clip_id, vector, w, h, inner_w, inner_h) in enumerate(rows)
-        ]

@@ -12,12 +12,13 @@ import numpy as np
 
 from winnow.operators.errors import ConfigError
 from winnow.pipeline.index import (
+    IndexType,
     MilvusIndex,
-    OpenKeptIndex,
     WordIndex,
     default_index_uri,
     plain_words,
 )
+from winnow.pipeline.kept_index import KeptClips, OpenKeptIndex
 from winnow.pipeline.lake import Lake
 from winnow.pipeline.refilter import latest_config
 from winnow.pipeline.run_lock import hold_lake
@@ -93,9 +94,8 @@ def _rebuild(lake: Lake, place: IndexPlace) -> list[Built]:
     kept = kept_index(lake, place)
     if kept is not None:
         started = time.perf_counter()
-        index = MilvusIndex(kept.uri, kept.collection, kept.token)
+        index = kept.bare()
         try:
-            index.open()
             index.clear()
             kept.reconcile(index)
             built.append(_built(_said(kept), index.entries, started))
@@ -120,13 +120,15 @@ def check_indexes(lake: Lake, place: IndexPlace = HERE) -> list[Checked]:
     checked = []
     kept = kept_index(lake, place)
     if kept is not None:
-        vectors = {entry.clip_id: entry.vector for entry in kept.kept_entries()}
-        index = MilvusIndex(kept.uri, kept.collection, kept.token)
+        ids = kept.kept.ids()
+        sampled = set(_sample(ids))
+        sample = {
+            e.clip_id: e.vector for es in kept.kept.entries() for e in es if e.clip_id in sampled
+        }
+        index = kept.bare()
         try:
-            index.open()
-            sample = _sample(vectors)
-            counted = _compared(index, vectors, {c: vectors[c] for c in sample})
-            checked.append(Checked(_said(kept), len(vectors), *counted, len(sample)))
+            counted = _compared(index, ids, sample)
+            checked.append(Checked(_said(kept), len(ids), *counted, len(sample)))
         finally:
             index.close()
     return checked + [_check_search(searched) for searched in search_indexes(lake, place)]
@@ -168,18 +170,21 @@ def _sample(clip_ids: Collection[str]) -> list[str]:
 
 
 def kept_index(lake: Lake, place: IndexPlace = HERE) -> OpenKeptIndex | None:
-    """The index of dedup of the lake's latest run; None where it has none."""
+    """The index of dedup of the lake's latest run; None where it has none, or had it in memory."""
     try:
         dedup = latest_config(lake).stage("dedup")
     except ConfigError:  # no run has finished yet
         return None
-    if dedup is None:
+    if dedup is None or dedup.index.kind == "memory":
         return None
     with connect(lake) as connection:
         (policy,) = connection.execute("SELECT arg_max(policy, started_at) FROM runs").fetchall()[0]
     uri = place.uri or dedup.index.uri or default_index_uri(lake)
-    return OpenKeptIndex(lake, uri, place.token, dedup.embedding, policy)
+    # milvus-lite is always exact, whatever the run's server was told.
+    index_type: IndexType = dedup.index.index_type if "://" in uri else "FLAT"
+    kept = KeptClips(lake, dedup.embedding, policy)
+    return OpenKeptIndex(kept, uri, place.token, index_type)
 
 
 def _said(kept: OpenKeptIndex) -> str:
-    return f"dedup by {kept.embedding} under policy {kept.policy}"
+    return f"dedup by {kept.kept.embedding} under policy {kept.kept.policy}"

@@ -25,7 +25,8 @@ from winnow.pipeline.config import (
     stage_label,
 )
 from winnow.pipeline.domains import policy_of
-from winnow.pipeline.index import OpenKeptIndex, default_index_uri
+from winnow.pipeline.index import default_index_uri
+from winnow.pipeline.kept_index import KeptClips, LoadKeptIndex, OpenKeptIndex
 from winnow.pipeline.lake import Lake
 from winnow.pipeline.plan import Placement, Plan
 from winnow.pipeline.policy import Evaluator, Policy
@@ -166,14 +167,13 @@ def construct(
         case FilterConfig():
             return make_filter(config, files, models, label)
         case DedupConfig():
-            token = config.index.token
-            opener = OpenKeptIndex(
-                lake,
-                config.index.uri or default_index_uri(lake),
-                token.get_secret_value() if token else "",
-                config.embedding,
-                policy.name,
-            )
+            index = config.index
+            kept = KeptClips(lake, config.embedding, policy.name)
+            opener: OpenKeptIndex | LoadKeptIndex = LoadKeptIndex(kept)
+            if index.kind == "milvus":
+                token = index.token.get_secret_value() if index.token else ""
+                uri = index.uri or default_index_uri(lake)
+                opener = OpenKeptIndex(kept, uri, token, index.index_type)
             return Dedup(opener, config.embedding, config.threshold, label)
         case TranscodeConfig():
             return Transcode(

@@ -118,6 +118,7 @@ class SearchIndex:
                     index.add_all(
                         [Entry(c, _array(vector), 0, digest) for c, vector, digest in rows]
                     )
+            index.flush()
 
     def digests(self) -> dict[str, int]:
         """By clip id a digest of what the index should hold of it."""

@@ -87,46 +87,68 @@ def resolve(
     return Outcome(replaces=tuple(sorted(near, key=lambda n: (n.age, n.clip_id))))
 
 
+_BLOCK = 65_536
+"""Vectors in one matrix of `ExactIndex`: it grows without copying what it has."""
+
+
 class ExactIndex:
-    """Kept clips in memory, searched exactly. The reference, and what `refilter` replays with."""
+    """Kept clips in memory, searched exactly: 4 bytes a float, one matrix product a search."""
 
     def __init__(self) -> None:
-        self._vectors = np.zeros((0, 0), np.float32)
-        self._entries: list[Entry | None] = []
+        self._blocks: list[NDArray[np.float32]] = []
+        self._ids: list[str | None] = []
+        self._pixels: list[int] = []
+        self._ages: list[int] = []
         self._rows: dict[str, int] = {}
 
+    @property
+    def entries(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, clip_id: str) -> bool:
+        return clip_id in self._rows
+
     def search(self, vector: NDArray[np.float32], threshold: float) -> list[Neighbour]:
-        if not self._entries:
-            return []
-        similarities = self._vectors[: len(self._entries)] @ vector
         found = []
-        for row in np.flatnonzero(similarities >= threshold - SLACK):
-            entry = self._entries[row]
-            if entry is not None and (similarity := cosine(vector, entry.vector)) >= threshold:
-                found.append(Neighbour(entry.clip_id, similarity, entry.pixels, entry.age))
+        for number, block in enumerate(self._blocks):
+            first = number * _BLOCK
+            similarities = block[: len(self._ids) - first] @ vector
+            for place in np.flatnonzero(similarities >= threshold - SLACK).tolist():
+                row = first + place
+                clip_id = self._ids[row]
+                if clip_id is None:
+                    continue
+                similarity = cosine(vector, block[place])
+                if similarity >= threshold:
+                    found.append(Neighbour(clip_id, similarity, self._pixels[row], self._ages[row]))
         return found
 
     def add(self, entry: Entry) -> None:
-        row = len(self._entries)
-        if row >= len(self._vectors):
-            grown = np.zeros((max(256, 2 * row), len(entry.vector)), np.float32)
-            grown[:row] = self._vectors[:row] if row else 0
-            self._vectors = grown
-        self._vectors[row] = entry.vector
-        self._entries.append(entry)
+        """Add a clip; one of the same id is replaced."""
+        if entry.clip_id in self._rows:
+            self.remove([entry.clip_id])
+        row = len(self._ids)
+        number, place = divmod(row, _BLOCK)
+        if number == len(self._blocks):
+            self._blocks.append(np.zeros((_BLOCK, len(entry.vector)), np.float32))
+        self._blocks[number][place] = entry.vector
+        self._ids.append(entry.clip_id)
+        self._pixels.append(entry.pixels)
+        self._ages.append(entry.age)
         self._rows[entry.clip_id] = row
 
     def remove(self, clip_ids: Sequence[str]) -> None:
         for clip_id in clip_ids:
             row = self._rows.pop(clip_id)
-            self._entries[row] = None
-            self._vectors[row] = 0
+            self._ids[row] = None
+            self._blocks[row // _BLOCK][row % _BLOCK] = 0
 
     def next_age(self) -> int:
-        return len(self._entries)
+        return len(self._ids)
 
     def close(self) -> None:
-        self._entries.clear()
+        for kept in (self._blocks, self._ids, self._pixels, self._ages, self._rows):
+            kept.clear()
 
 
 def picture_pixels(

@@ -17,6 +17,10 @@ def written(tmp_path: Path, change) -> str:
     return str(path)
 
 
+def dedup_of(content: dict) -> dict:
+    return next(stage for stage in content["stages"] if stage["stage"] == "dedup")
+
+
 @pytest.mark.parametrize("profile", ["cpu", "gpu", "paper"])
 def test_the_shipped_profiles_fit_their_policies(profile):
     plan = check_config(load_config(profile))
@@ -47,6 +51,9 @@ def test_overrides_reach_a_stage_by_its_name_and_an_operator_by_its_label():
         (lambda c: c["stages"].insert(3, {"stage": "filter", "operators": {"motion": {}}}),
          ["both write", "motion_"]),
         (lambda c: c["stages"].append({"stage": "shred"}), ["shred"]),
+        (lambda c: dedup_of(c).update(index={"index_type": "HNSW"}), ["Milvus server", "memory"]),
+        (lambda c: dedup_of(c).update(index={"index_type": "IVF"}), ["index_type", "HNSW"]),
+        (lambda c: dedup_of(c).update(index={"kind": "memory", "uri": "http://h:1"}), ["no server"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_run_is_named_with_its_place(tmp_path, change, words):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from tests.pipeline.lakes import config, facts, rows
-from winnow.pipeline.index import MilvusIndex, OpenKeptIndex, default_index_uri
+from winnow.pipeline.index import MilvusIndex, default_index_uri
+from winnow.pipeline.kept_index import KeptClips, OpenKeptIndex
 from winnow.pipeline.lake import Lake
 from winnow.pipeline.run import run
 from winnow.stages.dedup import Entry
@@ -47,7 +48,7 @@ def test_a_server_gives_what_the_embedded_index_gives(videos, lake, server, tmp_
 
 
 def opener(of: Lake) -> OpenKeptIndex:
-    return OpenKeptIndex(of, default_index_uri(of), "", "fingerprint_v1", "generated")
+    return OpenKeptIndex(KeptClips(of, "fingerprint_v1", "generated"), default_index_uri(of))
 
 
 def kept(of: Lake) -> set[str]:
