@@ -194,11 +194,17 @@ def _decide_by_population(lake: Lake, plan: Plan, hold: Hold, progress: Progress
     """
     if not plan.policy.needs_population:
         return 0
+    from winnow.pipeline.materialize_command import command_for
     from winnow.pipeline.refilter import refilter_held  # which knows runs
 
     result = refilter_held(lake, plan.policy, hold, plan.config)
     if result.inputs is not None:
         progress.say(str(result.inputs))
+    if result.kept_without_media:
+        progress.say(
+            f"{result.kept_without_media} clips are kept now that were not when their turn to be "
+            f"encoded came. Make their media: {command_for(lake.uri, plan.policy.name)}"
+        )
     return result.kept_without_media
 
 

@@ -7,9 +7,10 @@ from winnow.operators.errors import ConfigError
 from winnow.operators.operator import Column
 from winnow.operators.settings import validate
 from winnow.pipeline.lake import Lake
+from winnow.pipeline.materialize import materialize
 from winnow.pipeline.policy import Evaluator, Policy, Rule, load_policy
 from winnow.pipeline.refilter import refilter
-from winnow.pipeline.run import run
+from winnow.pipeline.run import Progress, run
 
 COLUMNS = (
     Column("q_overall", pa.float32(), "score"),
@@ -231,3 +232,18 @@ def test_a_run_ends_with_its_percentiles_and_refilter_agrees(videos, tmp_path):
     found = rows(own, "SELECT count(*) FROM clips_decided WHERE list_contains(reasons, 'slow')")
     assert found[0][0] >= 2
     assert refilter(own, load_policy(str(path)), dry_run=True).changed == 0
+
+
+def test_a_run_says_how_to_make_what_its_percentiles_let_in(videos, tmp_path):
+    path = tmp_path / "narrow.yaml"
+    path.write_text(
+        "name: narrow\nrules:\n  - {name: wide, percentile: {column: width, above: 10, least: 2}}\n"
+    )
+    own, said = Lake(str(tmp_path / "lake")), []
+    result = run(config(f"policy={path}"), str(videos), own, progress=Progress(say=said.append))
+    assert result.ledger.verdicts["keep"] == 1
+    assert rows(own, "SELECT count(*) FROM dataset") == [(0,)]
+    (line,) = [line for line in said if "winnow materialize" in line]
+    assert f"--lake {own.uri} --policy narrow" in line
+    assert materialize(own, "narrow").counts["made"] == 1
+    assert rows(own, "SELECT count(*) FROM dataset") == [(1,)]
