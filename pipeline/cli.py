@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -403,7 +405,23 @@ def main() -> None:
     if code == INTERRUPTED:
         _complain("stopped. What was committed is in the lake; run the same command again to go on")
         code = FAILED
-    sys.exit(code or 0)
+    _leave(code or 0)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process; where Arrow's threads may still ask for Python, without the interpreter's end.
+
+    That would kill them, and the process would abort or wait for them for ever, its work done. See
+    `Lake.files`. The children of multiprocessing leave in the same way.
+    """
+    lake = sys.modules.get("winnow.pipeline.lake")
+    if lake is None or not lake.Lake.read_by_python:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # whoever read it is gone
+            stream.flush()
+    os._exit(code)
 
 
 def _explain(error: Exception) -> int:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
@@ -30,6 +30,7 @@ from winnow.operators.operator import Column
 
 if TYPE_CHECKING:
     import pyarrow.dataset as pads  # imports pandas, which takes a second and a half
+    import pyarrow.fs as pafs
 
 WRITE_TRIES = 5
 LAYOUT = 1
@@ -212,6 +213,8 @@ class Lake:
     uri: str
     options: dict[str, str] = field(default_factory=dict)
     _written: dict[str, pa.Schema] = field(default_factory=dict, repr=False)
+    read_by_python: ClassVar[bool] = False
+    """This process has let Arrow read a lake through Python: see `files`."""
 
     @property
     def is_local(self) -> bool:
@@ -371,9 +374,24 @@ class Lake:
         present = self.open(table)
         if present is None:
             return None
-        data = present.to_pyarrow_dataset()
+        data = present.to_pyarrow_dataset(filesystem=self.files(table))
         schema = _with_declared(table, data.schema)
         return without_file_statistics(data, PARTITIONS.get(table, ()), schema)
+
+    def files(self, table: str) -> pafs.FileSystem | None:
+        """Where Arrow reads a table's files; None for deltalake's own access, which is in Python.
+
+        Arrow's threads may still be busy when the interpreter ends, and a thread that asks for Python
+        then is killed: the process aborts, or waits for that thread for ever. So a local lake is read
+        without Python, and `read_by_python` tells the command of any other.
+        """
+        import pyarrow.fs as pafs
+
+        if not self.is_local:
+            Lake.read_by_python = True
+            return None
+        folder = str(Path(self.table_uri(table)).resolve())
+        return pafs.SubTreeFileSystem(folder, pafs.LocalFileSystem())
 
 
 def _with_declared(table: str, schema: pa.Schema) -> pa.Schema:

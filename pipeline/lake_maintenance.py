@@ -215,7 +215,7 @@ def _attempts(lake: Lake, name: str) -> dict[str, tuple[int, datetime]]:
     paths = map(_unescaped, actions["path"].to_pylist())
     written = dict(zip(paths, actions["modification_time"].to_pylist(), strict=True))
     found: dict[str, tuple[int, datetime]] = {}
-    for fragment in table.to_pyarrow_dataset().get_fragments():
+    for fragment in table.to_pyarrow_dataset(filesystem=lake.files(name)).get_fragments():
         milliseconds = written.get(_unescaped(str(fragment.path)))
         # A file of unknown age is taken for young.
         time = datetime.now(UTC)
@@ -263,7 +263,7 @@ def _delete_rows(lake: Lake, left: list[LeftRows]) -> None:
     for rows in left:
         table = lake.open(rows.table)
         assert table is not None
-        data = table.to_pyarrow_dataset()
+        data = table.to_pyarrow_dataset(filesystem=lake.files(rows.table))
         kept = ~pc.field("attempt_id").isin(rows.attempts)
         batches = data.scanner(filter=kept).to_reader()
         try:

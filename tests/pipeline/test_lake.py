@@ -69,3 +69,13 @@ def test_new_operators_add_columns_to_a_lake_that_exists(empty):
     assert field.metadata[b"unit"] == b"share"
     empty.append("clips", [{"clip_id": "a", "blur_mean": 0.5}])
     assert count(empty, "clips") == 1
+
+
+def test_arrow_reads_a_local_lake_without_python(empty):
+    """Else the process may abort or hang at its end: Arrow's threads outlive the interpreter."""
+    empty.append(
+        "sources", [{"source_id": "a", "uri": "a.mp4", "status": "done", "attempt_id": "1"}]
+    )
+    files = empty.dataset("sources").filesystem
+    assert files.type_name == "subtree"
+    assert files.base_fs.type_name == "local"
