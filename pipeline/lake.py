@@ -295,7 +295,18 @@ class Lake:
         missing = [column for column in schema if column.name not in present.names]
         if missing:
             table.alter.add_columns(_delta_fields(missing))
-        self._written[name] = schema
+        self._written[name] = _as_said(schema, present)
+
+    def _schema(self, table: str) -> pa.Schema:
+        """The columns to write: those of the table, and those that an older version did not have."""
+        schema = self._written.get(table)
+        if schema is None:
+            present = self.open(table)
+            if present is None:
+                raise LakeError(f"table {table} does not exist in {self.uri}")
+            schema = _with_declared(table, pa.schema(present.schema().to_arrow()))
+            self._written[table] = schema
+        return schema
 
     def append(
         self, table: str, rows: Sequence[Mapping[str, Any]], batch: tuple[str, int] | None = None
@@ -306,14 +317,7 @@ class Lake:
         """
         if not rows:
             return
-        schema = self._written.get(table)
-        if schema is None:
-            present = self.open(table)
-            if present is None:
-                raise LakeError(f"table {table} does not exist in {self.uri}")
-            # A column that an older version did not have is added by the append.
-            schema = _with_declared(table, pa.schema(present.schema().to_arrow()))
-            self._written[table] = schema
+        schema = self._schema(table)
         unknown = {key for row in rows for key in row} - set(schema.names)
         if unknown:
             raise LakeError(f"no column in {table} for {', '.join(sorted(unknown))}")
@@ -336,6 +340,7 @@ class Lake:
         again, the table is asked whether it holds it, because Delta takes a replay for a new append.
         Raises RetryError where the table cannot be written.
         """
+        data = pa.table(data.columns, schema=_as_said(data.schema, self._schema(table)))
         for attempt in Retrying(
             retry=retry_if_exception_type((DeltaError, OSError)),
             stop=stop_after_attempt(WRITE_TRIES),
@@ -400,6 +405,18 @@ def _with_declared(table: str, schema: pa.Schema) -> pa.Schema:
         if column.name not in schema.names:
             schema = schema.append(column)
     return schema
+
+
+def _as_said(schema: pa.Schema, present: pa.Schema) -> pa.Schema:
+    """A schema with the column texts of a table that is there: Delta refuses rows with others."""
+    return pa.schema(
+        [
+            column.with_metadata(present.field(column.name).metadata)
+            if column.name in present.names
+            else column
+            for column in schema
+        ]
+    )
 
 
 def without_file_statistics(

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 from typer.testing import CliRunner
@@ -33,6 +34,9 @@ def older(lake, tmp_path_factory) -> Path:
     for name, young in YOUNG_COLUMNS.items():
         place = root / "lake" / name
         table = DeltaTable(str(place)).to_pyarrow_table().drop_columns(young)
+        # What a column means was put in other words then.
+        said = [f.with_metadata({"meaning": f"older words for {f.name}"}) for f in table.schema]
+        table = pa.table(table.columns, schema=pa.schema(said))
         shutil.rmtree(place)
         write_deltalake(str(place), table, partition_by=PARTITIONS.get(name))
     clip_ids = [clip_id for (clip_id,) in rows(lake, "SELECT clip_id FROM clips ORDER BY 1")]
