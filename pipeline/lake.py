@@ -387,8 +387,8 @@ class Lake:
         """Where Arrow reads a table's files; None for deltalake's own access, which is in Python.
 
         Arrow's threads may still be busy when the interpreter ends, and a thread that asks for Python
-        then is killed: the process aborts, or waits for that thread for ever. So a local lake is read
-        without Python, and `read_by_python` tells the command of any other.
+        then is killed: the process aborts, or waits for that thread for ever (delta-rs issue 2184). So
+        a local lake is read without Python, and `read_by_python` tells the command of any other.
         """
         import pyarrow.fs as pafs
 
