@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,21 +61,29 @@ class Glow(BatchOperator):
     columns: ClassVar[tuple[Column, ...]] = (Column("glow_mean", pa.float64(), "mean"),)
 
     clip_s: float = 0.25
+    workers: str = ""
+    """A folder. Until three workers have signed there, batches take longer: a busy machine is slow to
+    add workers."""
 
     @property
     def needs(self) -> Needs:
         return Needs(samples=(SAMPLING,))
 
     def load(self, models: Models) -> BatchMeasure:
-        return Glowing(self.clip_s)
+        if self.workers:
+            (Path(self.workers) / uuid.uuid4().hex).touch()
+        return Glowing(self.clip_s, self.workers)
 
 
 class Glowing(BatchMeasure):
-    def __init__(self, clip_s: float) -> None:
+    def __init__(self, clip_s: float, workers: str) -> None:
         self._clip_s = clip_s
+        self._workers = workers
 
     def __call__(self, clips: Sequence[SeenClip]) -> list:
         time.sleep(self._clip_s * len(clips))
+        if self._workers and not grown(self._workers):
+            time.sleep(2)
         return [
             Measures({"glow_mean": sum(float(s.image.mean()) for s in clip.samples[SAMPLING])})
             for clip in clips
@@ -90,14 +99,20 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def make(folder: Path, clip_s: float) -> tuple[Plan, list[Source]]:
+def grown(workers: str) -> bool:
+    return len(list(Path(workers).iterdir())) >= 3
+
+
+def make(folder: Path, clip_s: float, workers: str = "") -> tuple[Plan, list[Source]]:
     files = Storage.open(str(folder))
     placements = (
         Placement(Ingest(files, settle_s=0)),
         Placement(Claim({}), isolated=False),
         Placement(Split(files, NoDetector(kind="none"))),
         Placement(
-            BatchFilter(files, (Glow(clip_s),), Models(models={}), label="glow", batch_clips=4),
+            BatchFilter(
+                files, (Glow(clip_s, workers),), Models(models={}), label="glow", batch_clips=4
+            ),
             workers_min=1,
             workers_max=3,
             cpus=0.1,
@@ -120,10 +135,11 @@ def outcome(sources: Sequence[Source]) -> list[tuple]:
     ]  # fmt: skip
 
 
-def test_a_pool_follows_the_cluster_and_loses_nothing_with_a_node(folder):
+def test_a_pool_follows_the_cluster_and_loses_nothing_with_a_node(folder, tmp_path):
     from ray.cluster_utils import Cluster
 
-    plan, sources = make(folder, 0.25)
+    plan, sources = make(folder, 0.25, str(tmp_path))
+    leaving = None
     expected = outcome(list(run_inline(*make(folder, 0.0))))
     roster, done = Roster(), []
     with warnings.catch_warnings():
@@ -136,10 +152,11 @@ def test_a_pool_follows_the_cluster_and_loses_nothing_with_a_node(folder):
                     done.append(source)
                     if len(done) == 8:
                         more = [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2)]
-                    if len(done) == 90:
-                        threading.Thread(
+                    if len(done) >= 90 and leaving is None and grown(str(tmp_path)):
+                        leaving = threading.Thread(
                             target=cluster.remove_node, args=(more[0], False), daemon=True
-                        ).start()
+                        )
+                        leaving.start()
         finally:
             cluster.shutdown()
             gc.collect()

@@ -318,11 +318,10 @@ def command(folder: Path, out: Path, *more: str) -> list[str]:
     return [sys.executable, "-c", program, *arguments]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_evaluation_goes_on_to_the_same_figures(folder, dataset, models, tmp_path, sent):
-    out = tmp_path / "out"
+def stopped(arguments: list[str], out: Path, sent: signal.Signals) -> tuple[int, str]:
+    """Start an evaluation and stop it in the middle: its exit code, and what it said."""
     process = subprocess.Popen(
-        command(folder, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     lines = out / "videos.jsonl"
     deadline = time.monotonic() + 90
@@ -333,11 +332,22 @@ def test_a_stopped_evaluation_goes_on_to_the_same_figures(folder, dataset, model
         time.sleep(0.005)
     process.send_signal(sent)
     said = process.communicate(timeout=60)[1]
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_evaluation_goes_on_to_the_same_figures(folder, dataset, models, tmp_path, sent):
+    for attempt in range(8):
+        out = tmp_path / f"out{attempt}"
+        code, said = stopped(command(folder, out), out, sent)
+        if not (out / "results.json").exists():
+            break  # else it was quicker than this process: a busy machine
+    lines = out / "videos.jsonl"
     assert not (out / "results.json").exists()
     done = lines.read_bytes().count(b"\n")
     assert 4 <= done < 12
     if sent == signal.SIGINT:
-        assert process.returncode == 1
+        assert code == 1
         assert "run the same command again to go on" in " ".join(said.split())
         assert "Traceback" not in said
     with lines.open("ab") as file:
