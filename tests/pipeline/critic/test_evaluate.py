@@ -337,7 +337,7 @@ def stopped(arguments: list[str], out: Path, sent: signal.Signals) -> tuple[int,
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_evaluation_goes_on_to_the_same_figures(folder, dataset, models, tmp_path, sent):
-    for attempt in range(8):
+    for attempt in range(4):
         out = tmp_path / f"out{attempt}"
         code, said = stopped(command(folder, out), out, sent)
         if not (out / "results.json").exists():
