@@ -37,7 +37,7 @@ from winnow.pipeline.roster import Roster
 from winnow.pipeline.run import Engine, Progress
 from winnow.pipeline.run_lock import Hold, hold_lake
 from winnow.pipeline.storage import Storage
-from winnow.pipeline.views import connect, one_row
+from winnow.pipeline.views import connect
 from winnow.stages.records import Clip, Source
 
 TABLES_IN_ORDER = ("captions", "verdicts", "dataset")
@@ -186,11 +186,11 @@ class _Work:
                     "SELECT DISTINCT clip_id FROM captions"
                 ).fetchall()
             }
-            (hashed,) = one_row(
-                connection,
-                "SELECT coalesce(arg_max(policy_hash, seq), '') FROM raw_verdicts "
-                f"WHERE policy = {_literal(self.result.policy)}",
-            )
+            ((hashed,),) = connection.execute(
+                """SELECT coalesce(arg_max(policy_hash, seq), '') FROM raw_verdicts
+                WHERE policy = ?""",
+                [self.result.policy],
+            ).fetchall()
         # An older lake gets the columns that this version writes.
         self.lake.create(())
         sources = known_sources(self.lake, wanted, [c for c in _COLUMNS if c in there])
@@ -285,10 +285,6 @@ def _kept(connection: duckdb.DuckDBPyConnection, policy: str) -> pa.Table:
 def _in_dataset(connection: duckdb.DuckDBPyConnection, policy: str) -> set[str]:
     rows = connection.execute("SELECT clip_id FROM dataset WHERE policy = ?", [policy]).fetchall()
     return {clip_id for (clip_id,) in rows}
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _check_ledger(lake: Lake, result: MaterializeResult, wanted: Sequence[str]) -> None:

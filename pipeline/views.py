@@ -23,13 +23,13 @@ _COMMITTED = "attempt_id IN (SELECT attempt_id FROM sources)"
 # A source that failed or was incomplete is superseded by any later row of the same uri; a done one
 # only by the same content, because a file may be overwritten by another generation. Only files that
 # have several rows can be: a window over a million rows that have no rival costs seconds.
-_SUPERSEDED = """
-    SELECT attempt_id FROM raw_sources WHERE hash(uri) IN (
+_CONTESTED = """
+    SELECT * FROM raw_sources WHERE hash(uri) IN (
         SELECT hash(uri) FROM raw_sources GROUP BY 1 HAVING count(*) > 1)
     QUALIFY row_number() OVER (
             PARTITION BY uri, CASE WHEN status IN ('done', 'copy') THEN source_id END
-            ORDER BY seq DESC, attempt_id) > 1
-       OR (status NOT IN ('done', 'copy') AND seq < max(seq) OVER (PARTITION BY uri))"""
+            ORDER BY seq DESC, attempt_id) = 1
+        AND (status IN ('done', 'copy') OR seq = max(seq) OVER (PARTITION BY uri))"""
 
 
 def _newest_verdicts(key: Sequence[str], columns: Iterable[str]) -> str:
@@ -201,8 +201,10 @@ def _queries(connection: duckdb.DuckDBPyConnection) -> dict[str, str]:
     rows, uris = one_row(connection, "SELECT count(*), count(DISTINCT hash(uri)) FROM raw_sources")
     sources = "SELECT * FROM raw_sources"
     if rows != uris:
-        connection.execute(f"CREATE TEMP TABLE superseded AS {_SUPERSEDED}")
-        sources += " WHERE attempt_id NOT IN (SELECT attempt_id FROM superseded)"
+        # What is left of the files with several rows; every such file has at least one row there.
+        connection.execute(f"CREATE TEMP TABLE contested AS {_CONTESTED}")
+        sources += """ WHERE hash(uri) NOT IN (SELECT hash(uri) FROM contested)
+            UNION ALL FROM contested"""
     clips = "SELECT * FROM raw_clips"
     embeddings = f"SELECT * FROM raw_embeddings WHERE {_COMMITTED}"
     batches = connection.execute("SELECT DISTINCT operators FROM raw_backfills").fetchall()

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.pipeline.lakes import rows
 from winnow.operators.errors import LakeError
 from winnow.pipeline import lake as lake_module
 from winnow.pipeline.lake import Lake
@@ -79,3 +80,13 @@ def test_arrow_reads_a_local_lake_without_python(empty):
     files = empty.dataset("sources").filesystem
     assert files.type_name == "subtree"
     assert files.base_fs.type_name == "local"
+
+
+def test_a_row_that_was_written_twice_is_seen_once_and_does_not_vanish(empty):
+    row = {"source_id": "a", "uri": "a.mp4", "status": "done", "attempt_id": "1", "seq": 1}
+    for status, attempt, seq in (("failed", "0", 0), ("done", "1", 1), ("done", "1", 1)):
+        empty.append("sources", [row | {"status": status, "attempt_id": attempt, "seq": seq}])
+    empty.append("sources", [row | {"uri": "b.mp4", "attempt_id": "2", "seq": 2}])
+    assert rows(empty, "SELECT uri, status, attempt_id FROM sources ORDER BY uri") == [
+        ("a.mp4", "done", "1"), ("b.mp4", "done", "2"),
+    ]  # fmt: skip
